@@ -1,0 +1,1 @@
+"""Read paragraphs of handwriting: a ResNet looks at the page, a Transformer writes its text."""

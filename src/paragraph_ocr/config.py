@@ -1,0 +1,198 @@
+"""The shape of an experiment.
+
+YAML holds values, these dataclasses hold the shape: Hydra merges the files of `conf/` into them, so
+a misspelt key or a wrong type stops the run before anything is loaded. Only `validation.validate`
+makes an `Experiment` out of the result. Units and meanings of the fields stand beside the values in
+`conf/`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Union
+
+from omegaconf import MISSING
+
+Number = Union[int, float]  # noqa: UP007  (OmegaConf needs the typing form; 1 stays an int)
+
+
+@dataclass
+class EncoderConfig:
+    name: str = MISSING
+    stage: int = MISSING
+    horizontal_stride: int | None = None
+    in_channels: int = 1
+    pretrained: bool = False
+    freeze: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DecoderConfig:
+    depth: int = MISSING
+    width: int = MISSING
+    heads: int = MISSING
+    feed_forward: int = MISSING
+    norm: str = MISSING
+    tied: bool = MISSING
+
+
+@dataclass
+class ModelConfig:
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    weights: str | None = None
+
+
+@dataclass
+class DataConfig:
+    """What every data module has; a subclass says where its paragraphs come from."""
+
+    name: str = MISSING
+    root: str = MISSING
+    batch_size: int = MISSING
+    num_workers: int = MISSING
+    max_length: int = MISSING
+
+
+@dataclass
+class GeneratedData(DataConfig):
+    """Paragraphs made to measure: `datamodule=fake` draws noise, a subclass renders text."""
+
+    height: int = MISSING
+    width: int = MISSING
+    min_lines: int = MISSING
+    max_lines: int = MISSING
+    min_characters: int = MISSING
+    mean_characters: int = MISSING
+    max_characters: int = MISSING
+    num_train: int = MISSING
+    num_val: int = MISSING
+    num_test: int = MISSING
+
+
+@dataclass
+class RenderedData(GeneratedData):
+    fonts: str | None = None
+    texts: str | None = None
+    random_share: float = MISSING
+
+
+@dataclass
+class VocabularyConfig:
+    characters: str = MISSING
+
+
+@dataclass
+class AugmentationConfig:
+    rotation_deg: float = 0.0
+    shear_deg: float = 0.0
+    scale: float = 0.0
+    translation_px: float = 0.0
+    elastic_px: float = 0.0
+    pen_px: float = 0.0
+    blur_px: float = 0.0
+    ink: float = 0.0
+    paper: float = 0.0
+    noise: float = 0.0
+
+
+@dataclass
+class RegularizationConfig:
+    dropout: float = MISSING
+    weight_decay: float = MISSING
+    label_smoothing: float = MISSING
+    gradient_clip: float = MISSING
+    token_noise: float = MISSING
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = MISSING
+    lr: float = MISSING
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ScheduleConfig:
+    name: str = MISSING
+    warmup_steps: int = 0
+    final_factor: float = 1.0
+
+
+@dataclass
+class EarlyStoppingConfig:
+    patience: int | None = None
+    min_delta: float = 0.0
+
+
+@dataclass
+class TrainerConfig:
+    """Lightning's Trainer by its own names, and `compile`."""
+
+    accelerator: str = MISSING
+    devices: Union[int, str] = MISSING  # noqa: UP007
+    strategy: str = MISSING
+    precision: str = MISSING
+    max_epochs: int | None = None
+    max_steps: int = -1
+    max_time: str | None = None
+    overfit_batches: Number = 0
+    limit_train_batches: Number = 1.0
+    limit_val_batches: Number = 1.0
+    limit_test_batches: Number = 1.0
+    accumulate_grad_batches: int = 1
+    val_check_interval: Number = 1.0
+    check_val_every_n_epoch: int | None = None
+    log_every_n_steps: int = 10
+    fast_dev_run: Union[bool, int] = False  # noqa: UP007
+    deterministic: bool = False
+    profiler: str | None = None
+    compile: bool = False
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+
+
+@dataclass
+class DecodingConfig:
+    name: str = MISSING
+    beam_width: int = 1
+    length_penalty: float = 0.0
+
+
+@dataclass
+class TrackingConfig:
+    name: str = MISSING
+    experiment_name: str = "paragraph_ocr"
+    uri: str | None = None
+    system_metrics: bool = True
+    num_samples: int = 16
+
+
+@dataclass
+class Experiment:
+    seed: int = MISSING
+    name: str | None = None
+    outputs: str = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    datamodule: DataConfig = MISSING
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+    regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    # a node that holds `int | float` cannot be MISSING: every compose would die of an assertion
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+SCHEMAS: dict[str, type[DataConfig]] = {"generated": GeneratedData, "rendered": RenderedData}
+"""Node types that a datamodule's YAML names in its defaults list, as /schema/<name>."""
+
+
+def register_schema() -> None:
+    """Make the dataclasses known to Hydra: `schema` for the root, `schema/...` for data modules."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Experiment)
+    for name, node in SCHEMAS.items():
+        store.store(group="schema", name=name, node=node)

@@ -1,0 +1,192 @@
+"""Handwriting-like faces: the ones installed as packages, or a folder of the user's own."""
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from fontTools.ttLib import TTFont, TTLibError
+from PIL import Image, ImageDraw, ImageFont
+
+from paragraph_ocr.errors import UserError
+
+SUFFIXES = (".ttf", ".otf", ".woff", ".woff2")
+
+
+@dataclass(frozen=True)
+class Face:
+    """One weight range of one font file, measured in em (the nominal size of the font)."""
+
+    path: Path
+    weights: tuple[float, float] | None = field(default=None, compare=False)
+    """Ends of the variable weight axis; None when the file holds one weight."""
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    def glyphs(self, size_px: int, weight: int | None = None) -> "Glyphs":
+        """Return the face's letters at a size and a weight, kept for as long as they are in use."""
+        return _glyphs(self.path, size_px, weight)
+
+    @cached_property
+    def height(self) -> float:
+        """Ink from the top of `l` to the bottom of `p`, in em."""
+        _, top, _, bottom = _open(self.path, 200, None).getbbox("dlgpy")
+        return (bottom - top) / 200
+
+    def width(self, text: str) -> float:
+        """Return the advance width in em, without kerning."""
+        return sum(map(self._advances.__getitem__, text))
+
+    @cached_property
+    def _advances(self) -> "_Advances":
+        return _Advances(_open(self.path, 100, None))
+
+
+class Glyph(NamedTuple):
+    """The ink of one letter, and where it stands to the pen on the baseline, in pixels."""
+
+    ink: np.ndarray
+    left: int
+    top: int
+    advance: float
+
+
+class Glyphs(dict[str, Glyph]):
+    """Letters of one face at one size, each drawn by FreeType when first wanted.
+
+    Putting down letters kept as arrays is five times as fast as drawing every word anew.
+    """
+
+    def __init__(self, font: ImageFont.FreeTypeFont) -> None:
+        super().__init__()
+        self._font = font
+
+    def __missing__(self, character: str) -> Glyph:
+        left, top, right, bottom = map(int, self._font.getbbox(character, anchor="ls"))
+        image = Image.new("L", (max(1, right - left), max(1, bottom - top)))
+        ImageDraw.Draw(image).text((-left, -top), character, fill=255, font=self._font, anchor="ls")
+        glyph = Glyph(np.asarray(image), left, top, self._font.getlength(character))
+        self[character] = glyph
+        return glyph
+
+
+class _Advances(dict[str, float]):
+    """Advance widths in em, measured when first wanted."""
+
+    def __init__(self, font: ImageFont.FreeTypeFont) -> None:
+        super().__init__()
+        self._font = font
+
+    def __missing__(self, character: str) -> float:
+        self[character] = self._font.getlength(character) / self._font.size
+        return self[character]
+
+
+def find_faces(folder: Path | None) -> list[Path]:
+    """Return font files in order of name: the folder's, or (None) those of the installed packages.
+
+    Raises:
+        UserError: there are none.
+    """
+    if folder is None:
+        found = _installed()
+        remedy = "Type `pip install fontpkg-kalam fontpkg-caveat font-intuitive`, or pass"
+    else:
+        found = [path for path in folder.glob("**/*") if path.suffix.lower() in SUFFIXES]
+        remedy = "Pass"
+    if not found:
+        raise UserError(
+            f"datamodule.fonts={'null' if folder is None else folder} gives no font files "
+            f"({', '.join(SUFFIXES)}). {remedy} datamodule.fonts=<folder>."
+        )
+    return sorted(found, key=lambda path: (path.name, str(path)))
+
+
+def load_faces(folder: Path | None, *, characters: str) -> list[Face]:
+    """Return the faces that draw every one of the characters; the others are named in one warning.
+
+    Raises:
+        UserError: none is left.
+    """
+    faces, left_out = [], []
+    for path in find_faces(folder):
+        lacking, weights = _examine(path, characters)
+        if lacking:
+            left_out.append(f"{path.name} ({lacking})")
+        else:
+            faces.append(Face(path, weights))
+    if not faces:
+        raise UserError(
+            f"datamodule.fonts={'null' if folder is None else folder} has no face that draws every "
+            f"character of the vocabulary: {'; '.join(left_out[:5])}. Pass a folder of other fonts, "
+            "or fewer vocabulary.characters."
+        )
+    if left_out:
+        warnings.warn(f"fonts left out, lacking characters: {'; '.join(left_out)}", stacklevel=2)
+    return faces
+
+
+def digest(paths: Sequence[Path]) -> str:
+    """Return what tells one set of font files from another: their names and bytes."""
+    total = hashlib.sha256()
+    for path in paths:
+        total.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def _installed() -> list[Path]:
+    found = []
+    if find_spec("fontpkg"):
+        import fontpkg
+
+        found += [
+            file.path
+            for family in fontpkg.families().values()
+            for file in family.files
+            if file.style == "normal"
+        ]
+    if (intuitive := find_spec("font_intuitive")) and intuitive.submodule_search_locations:
+        found += Path(intuitive.submodule_search_locations[0]).glob("files/*.ttf")
+    return [Path(path) for path in found]
+
+
+def _examine(path: Path, characters: str) -> tuple[str, tuple[float, float] | None]:
+    """Return what the file lacks ('' for nothing), and its weight axis."""
+    visible = sorted({*characters} - {" ", "\n"})
+    try:
+        with TTFont(path, lazy=True, fontNumber=0) as font:
+            known = font.getBestCmap() or {}
+            axes = font["fvar"].axes if "fvar" in font else []
+            weights = next(((a.minValue, a.maxValue) for a in axes if a.axisTag == "wght"), None)
+        font_at_40 = _open(path, 40, None)
+        blank = [c for c in visible if ord(c) in known and not _draws(font_at_40, c)]
+    except (TTLibError, OSError) as error:
+        return f"unreadable: {error}".splitlines()[0], None
+    return "".join(c for c in visible if ord(c) not in known or c in blank), weights
+
+
+def _draws(font: ImageFont.FreeTypeFont, character: str) -> bool:
+    left, top, right, bottom = font.getbbox(character)
+    return right > left and bottom > top
+
+
+@lru_cache(maxsize=1024)  # some 13 faces x 40 sizes, 100 kB each
+def _glyphs(path: Path, size_px: int, weight: int | None) -> Glyphs:
+    return Glyphs(_open(path, size_px, weight))
+
+
+def _open(path: Path, size_px: int, weight: int | None) -> ImageFont.FreeTypeFont:
+    font = ImageFont.truetype(path, size_px, layout_engine=ImageFont.Layout.BASIC)
+    if weight is not None:
+        axes = font.get_variation_axes()
+        font.set_variation_by_axes(
+            [weight if a["name"] in (b"Weight", "Weight") else a["default"] for a in axes]
+        )
+    return font

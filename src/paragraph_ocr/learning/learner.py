@@ -1,0 +1,176 @@
+"""How a recognizer learns: teacher forcing to train, loss and free-running reading to validate."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from paragraph_ocr.batch import Batch
+from paragraph_ocr.metrics import ReadingErrors
+from paragraph_ocr.model.recognizer import Recognizer
+from paragraph_ocr.vocabulary import SPECIAL_TOKENS, Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A paragraph that was read in validation."""
+
+    row: int
+    image: Tensor  # UInt8 "H W" on the CPU, 0 is paper
+    truth: str
+    reading: str
+
+
+class Learner(pl.LightningModule):
+    """A recognizer with its optimizer, augmentation and metrics.
+
+    Args:
+        schedule: makes the learning-rate schedule from the optimizer and the number of its steps.
+        decoding: how validation and test read; see `Recognizer.read`.
+        max_length: tokens that a reading may have.
+        num_samples: paragraphs of each validation kept in `samples`.
+    """
+
+    def __init__(
+        self,
+        recognizer: Recognizer,
+        vocabulary: Vocabulary,
+        *,
+        optimizer: torch.optim.Optimizer,
+        schedule: Callable[[torch.optim.Optimizer, int], Any],
+        augment: nn.Module,
+        decoding: Any,
+        max_length: int,
+        label_smoothing: float,
+        token_noise: float,
+        num_samples: int,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.recognizer = recognizer
+        self.vocabulary = vocabulary
+        self.augment = augment
+        self.decoding = decoding
+        self.max_length = max_length
+        self.label_smoothing = label_smoothing
+        self.token_noise = token_noise
+        self.num_samples = num_samples
+        self.errors = nn.ModuleDict({stage: ReadingErrors() for stage in ("val", "test")})
+        self.samples: list[Sample] = []
+        self._optimizer, self._schedule = optimizer, schedule
+        # a plain attribute: the compiled module must not add its weights a second time
+        self._predict: Callable[..., Tensor] = (
+            torch.compile(recognizer.forward) if compile else recognizer.forward
+        )
+        self._window: list[Tensor] = []
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        schedule = self._schedule(self._optimizer, int(self.trainer.estimated_stepping_batches))
+        return {
+            "optimizer": self._optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        images = self.augment(batch.images)
+        inputs = add_token_noise(
+            batch.tokens[:, :-1],
+            share=self.token_noise,
+            first=len(SPECIAL_TOKENS),
+            num_tokens=len(self.vocabulary),
+        )
+        logits = self._predict(images, inputs, batch.sizes)
+        loss, count = self._loss(logits, batch.tokens[:, 1:], self.label_smoothing)
+        self.log("train/loss", loss.detach() / count, batch_size=len(batch), prog_bar=True)
+        if self.trainer.accumulate_grad_batches == 1:
+            return loss / count
+        self._window.append(count)
+        return loss / self._window[0]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make accumulated gradients those of one batch that holds all the tokens.
+
+        Lightning has divided each part by the number of parts, which would weigh the tokens of a
+        part with few of them more.
+        """
+        if not self._window:
+            return
+        factor = self._window[0] * self.trainer.accumulate_grad_batches / sum(self._window)
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, factor)
+        self._window.clear()
+
+    def on_validation_epoch_start(self) -> None:
+        self.samples.clear()
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_index: int) -> None:
+        self._evaluate(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_errors("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_errors("test")
+
+    def read(self, batch: Batch) -> list[str]:
+        """Return the free-running readings of a batch."""
+        readings = self.recognizer.read(
+            batch.images, batch.sizes, decoding=self.decoding, max_length=self.max_length
+        )
+        return [self.vocabulary.decode(reading.tokens) for reading in readings]
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        logits = self._predict(batch.images, batch.tokens[:, :-1], batch.sizes)
+        loss, count = self._loss(logits, batch.tokens[:, 1:], 0.0)
+        # weighted by tokens, so that the mean over a split is that of its tokens
+        self.log(f"{stage}/loss", loss / count, batch_size=int(count), sync_dist=True)
+        truths = [self.vocabulary.decode(row) for row in batch.tokens[:, 1:].tolist()]
+        readings = self.read(batch)
+        self.errors[stage].update(readings, truths)
+        if stage == "val" and self.trainer.is_global_zero:
+            for index in range(min(len(batch), self.num_samples - len(self.samples))):
+                image = batch.images[index, 0].cpu()
+                row = int(batch.rows[index])
+                self.samples.append(Sample(row, image, truths[index], readings[index]))
+
+    def _log_errors(self, stage: str) -> None:
+        errors = self.errors[stage]
+        rates = errors.compute()
+        errors.reset()
+        for name, value in rates.items():
+            # compute() has summed the counts of all processes already
+            self.log(f"{stage}/{name}", value, prog_bar=name == "cer", rank_zero_only=False)
+
+    def _loss(
+        self, logits: Float[Tensor, "B L V"], targets: Int[Tensor, "B L"], label_smoothing: float
+    ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+        """Return the cross-entropy summed over all tokens but pad, and their number."""
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(),
+            targets.flatten(),
+            ignore_index=self.vocabulary.pad,
+            label_smoothing=label_smoothing,
+            reduction="sum",
+        )
+        return loss, (targets != self.vocabulary.pad).sum()
+
+
+def add_token_noise(
+    tokens: Int[Tensor, "B L"], *, share: float, first: int, num_tokens: int
+) -> Int[Tensor, "B L"]:
+    """Return the tokens with a share of the characters replaced by random ones.
+
+    A decoder whose past may be wrong has to look at the page. Special tokens (below `first`) stay.
+    """
+    if share == 0:
+        return tokens
+    chosen = (torch.rand(tokens.shape, device=tokens.device) < share) & (tokens >= first)
+    return torch.where(chosen, torch.randint_like(tokens, first, num_tokens), tokens)

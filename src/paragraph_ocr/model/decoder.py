@@ -1,0 +1,220 @@
+"""The Transformer decoder: all positions at once to train, one cached step at a time to read."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from paragraph_ocr.model.positions import sine_code
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose keys and values are projected apart, so that they can be kept."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def keys_values(self, states: Float[Tensor, "B M D"]) -> Float[Tensor, "2 B heads M d"]:
+        return self.key_value(states).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def forward(
+        self,
+        states: Float[Tensor, "B L D"],
+        keys_values: Float[Tensor, "2 B heads M d"],
+        *,
+        mask: Bool[Tensor, "B 1 1 M"] | None = None,
+        causal: bool = False,
+    ) -> Float[Tensor, "B L D"]:
+        """Return what each state gathers; `mask` is true where a key may be seen."""
+        queries = self.query(states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        gathered = F.scaled_dot_product_attention(
+            queries,
+            keys_values[0],
+            keys_values[1],
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
+        )
+        return self.out(gathered.transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each with a residual and a LayerNorm.
+
+    The norm stands before each block (pre: trains without a long warm-up) or after the sum (post:
+    Vaswani et al. 2017).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        feed_forward: int,
+        dropout: float,
+        norm: Literal["pre", "post"],
+    ) -> None:
+        super().__init__()
+        self.pre = norm == "pre"
+        self.self_attention = Attention(width, heads, dropout)
+        self.cross_attention = Attention(width, heads, dropout)
+        self.expand = nn.Linear(width, feed_forward)
+        self.contract = nn.Linear(feed_forward, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        states: Float[Tensor, "B L D"],
+        memory: Float[Tensor, "2 B heads M d"],
+        memory_mask: Bool[Tensor, "B 1 1 M"] | None,
+        past: "tuple[Tensor, int] | None" = None,
+    ) -> Float[Tensor, "B L D"]:
+        """Return the states of the next layer.
+
+        Args:
+            memory: this layer's cross-attention keys and values.
+            past: this layer's cache "2 B heads T d" and the position of the only state (L = 1),
+                which is written into it; None sees all states at once under the causal mask.
+        """
+        residual = states
+        inputs = self.norms[0](states) if self.pre else states
+        keys_values = self.self_attention.keys_values(inputs)
+        if past is not None:
+            cache, position = past
+            cache[:, :, :, position] = keys_values[:, :, :, 0]
+            keys_values = cache[:, :, :, : position + 1]
+        gathered = self.self_attention(inputs, keys_values, causal=past is None)
+        states = self._join(residual, gathered, 0)
+
+        residual = states
+        inputs = self.norms[1](states) if self.pre else states
+        gathered = self.cross_attention(inputs, memory, mask=memory_mask)
+        states = self._join(residual, gathered, 1)
+
+        residual = states
+        inputs = self.norms[2](states) if self.pre else states
+        hidden = self.contract(self.dropout(F.relu(self.expand(inputs))))
+        return self._join(residual, hidden, 2)
+
+    def _join(self, residual: Tensor, update: Tensor, block: int) -> Tensor:
+        total = residual + self.dropout(update)
+        return total if self.pre else self.norms[block](total)
+
+
+class Decoder(nn.Module):
+    """Token embeddings, fixed sine positions, layers, and the read-out to logits.
+
+    Args:
+        norm: "pre" or "post"; pre-norm ends in one more LayerNorm.
+        tied: the read-out uses the embedding's weights.
+        max_length: positions at most, start and end included.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tokens: int,
+        depth: int,
+        width: int,
+        heads: int,
+        feed_forward: int,
+        dropout: float,
+        norm: Literal["pre", "post"],
+        tied: bool,
+        max_length: int,
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.embedding = nn.Embedding(num_tokens, width)
+        self.layers = nn.ModuleList(
+            Layer(width, heads, feed_forward, dropout, norm) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width) if norm == "pre" else nn.Identity()
+        self.bias = nn.Parameter(torch.zeros(num_tokens))
+        self.read_out = None if tied else nn.Linear(width, num_tokens, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("positions", sine_code(max_length, width), persistent=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Xavier matrices, zero biases; embeddings of unit size once scaled by sqrt(width)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.embedding.weight, std=self.width**-0.5)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B L"],
+        memory: Float[Tensor, "B M D"],
+        memory_mask: Bool[Tensor, "B M"] | None = None,
+    ) -> Float[Tensor, "B L V"]:
+        """Return the logits of the token after each of `tokens` (teacher forcing).
+
+        Args:
+            memory_mask: true where a memory cell may be seen; None sees all.
+        """
+        states = self._embed(tokens, self.positions[: tokens.shape[1]])
+        mask = None if memory_mask is None else memory_mask[:, None, None]
+        for layer in self.layers:
+            states = layer(states, layer.cross_attention.keys_values(memory), mask)
+        return self._logits(states)
+
+    def start(
+        self,
+        memory: Float[Tensor, "B M D"],
+        memory_mask: Bool[Tensor, "B M"] | None,
+        *,
+        max_length: int,
+    ) -> "Cache":
+        """Return a cache for reading one token at a time, with the memory projected once."""
+        crosses = [layer.cross_attention.keys_values(memory) for layer in self.layers]
+        mask = None if memory_mask is None else memory_mask[:, None, None]
+        return Cache(crosses, mask, max_length)
+
+    def step(self, tokens: Int[Tensor, " B"], cache: "Cache") -> Float[Tensor, "B V"]:
+        """Return the logits of the token after `tokens`, and put those into the cache."""
+        position = cache.length
+        states = self._embed(tokens[:, None], self.positions[position])
+        for layer, cross, past in zip(self.layers, cache.crosses, cache.pasts, strict=True):
+            states = layer(states, cross, cache.mask, past=(past, position))
+        cache.length += 1
+        return self._logits(states)[:, 0]
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.dropout(self.embedding(tokens) * math.sqrt(self.width) + positions)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        weight = self.embedding.weight if self.read_out is None else self.read_out.weight
+        return F.linear(self.norm(states), weight, self.bias)
+
+
+class Cache:
+    """Keys and values of the memory and of the tokens so far, in tensors of fixed length."""
+
+    def __init__(self, crosses: list[Tensor], mask: Tensor | None, max_length: int) -> None:
+        self.crosses = crosses  # a layer each: "2 B heads M d"
+        self.mask = mask
+        two, batch, heads, _, width = crosses[0].shape
+        self.pasts = [cross.new_empty(two, batch, heads, max_length, width) for cross in crosses]
+        self.length = 0
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
+        """Keep these rows alone, in this order; a row may stand twice."""
+        self.crosses = [cross.index_select(1, rows) for cross in self.crosses]
+        self.mask = None if self.mask is None else self.mask.index_select(0, rows)
+        self.reorder(rows)
+
+    def reorder(self, rows: Int[Tensor, " kept"]) -> None:
+        """Like `keep`, for rows that share their memory with those whose place they take."""
+        self.pasts = [past.index_select(1, rows) for past in self.pasts]

@@ -1,0 +1,174 @@
+"""Free-running reading: the decoder writes token after token over a cache, each row to its own end."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from paragraph_ocr.model.decoder import Cache, Decoder
+
+
+@dataclass(frozen=True, slots=True)
+class Greedy:
+    """Take the likeliest token at each step.
+
+    `ignore_end` goes on to the maximum length whatever is written, for measuring speed.
+    """
+
+    ignore_end: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Beam:
+    """Keep `width` texts side by side; the best total wins.
+
+    Totals are log-probabilities divided by ((5 + length) / 6) ** length_penalty (Wu et al. 2016).
+    """
+
+    width: int
+    length_penalty: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What was read from one page."""
+
+    tokens: list[int]
+    """Without start and end."""
+    confidences: list[float]
+    """Probability of each token given those before it."""
+    log_probability: float
+    """Of the whole, the end included where it was reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    start: int
+    end: int
+    pad: int
+
+
+@torch.no_grad()
+def generate(
+    decoder: Decoder,
+    memory: Float[Tensor, "B M D"],
+    memory_mask: Bool[Tensor, "B M"] | None,
+    *,
+    special: SpecialTokens,
+    decoding: Greedy | Beam,
+    max_length: int,
+) -> list[Reading]:
+    """Return a reading for each row, of at most max_length tokens with start and end."""
+    cache = decoder.start(memory, memory_mask, max_length=max_length)
+    if isinstance(decoding, Beam):
+        return _beam(decoder, cache, len(memory), special, decoding, max_length)
+    return _greedy(decoder, cache, len(memory), special, decoding, max_length)
+
+
+def _greedy(
+    decoder: Decoder,
+    cache: Cache,
+    batch: int,
+    special: SpecialTokens,
+    decoding: Greedy,
+    max_length: int,
+) -> list[Reading]:
+    device = cache.crosses[0].device
+    # looking at the ended rows waits for a GPU, and costs nothing on a CPU
+    steps_between_looks = 8 if device.type == "cuda" else 1
+    written = torch.full((batch, max_length), special.pad, device=device)
+    scores = torch.zeros(batch, max_length, device=device)
+    tokens = torch.full((batch,), special.start, device=device)
+    rows = torch.arange(batch, device=device)
+    ended = torch.zeros(batch, dtype=torch.bool, device=device)
+    for step in range(max_length - 1):
+        logits = decoder.step(tokens, cache).float()
+        best, tokens = logits.log_softmax(dim=-1).max(dim=-1)
+        tokens = torch.where(ended, special.pad, tokens)
+        written[rows, step] = tokens
+        scores[rows, step] = best.masked_fill(ended, 0.0)
+        if decoding.ignore_end:
+            continue
+        ended = ended | (tokens == special.end)
+        if step % steps_between_looks == 0 and ended.any():
+            going = (~ended).nonzero()[:, 0]
+            if len(going) == 0:
+                break
+            cache.keep(going)
+            rows, tokens, ended = rows[going], tokens[going], ended[going]
+    return [
+        _reading(row[: max_length - 1], score, special)
+        for row, score in zip(written.tolist(), scores.tolist(), strict=True)
+    ]
+
+
+def _reading(tokens: list[int], scores: list[float], special: SpecialTokens) -> Reading:
+    length = tokens.index(special.end) if special.end in tokens else len(tokens)
+    confidences = [float(c) for c in torch.tensor(scores[:length]).exp()]
+    return Reading(tokens[:length], confidences, sum(scores[: length + 1]))
+
+
+def _beam(
+    decoder: Decoder,
+    cache: Cache,
+    batch: int,
+    special: SpecialTokens,
+    decoding: Beam,
+    max_length: int,
+) -> list[Reading]:
+    device, width = cache.crosses[0].device, decoding.width
+    cache.keep(torch.arange(batch, device=device).repeat_interleave(width))
+    pages = list(range(batch))  # still being read, in the order of the rows
+    alive = [[([], []) if beam == 0 else None for beam in range(width)] for _ in pages]
+    totals = torch.full((batch, width), -torch.inf, device=device)
+    totals[:, 0] = 0.0  # the beams of a page start out equal: only the first counts
+    tokens = torch.full((batch * width,), special.start, device=device)
+    finished: list[list[tuple[float, Reading]]] = [[] for _ in range(batch)]
+
+    def finish(page: int, ids: list[int], scores: list[float]) -> None:
+        reading = _reading(ids, scores, special)
+        norm = ((5 + len(ids)) / 6) ** decoding.length_penalty
+        finished[page].append((sum(scores) / norm, reading))
+
+    for _ in range(max_length - 1):
+        logs = decoder.step(tokens, cache).float().log_softmax(dim=-1).unflatten(0, (-1, width))
+        num_tokens = logs.shape[-1]
+        # twice the width: at most `width` of them end, so enough go on
+        best, flat = (totals[..., None] + logs).flatten(1).topk(min(2 * width, width * num_tokens))
+        logs_list = logs.flatten(1).gather(1, flat).tolist()
+        kept_rows, kept_tokens, kept_totals, kept_alive, kept_pages = [], [], [], [], []
+        for index, page in enumerate(pages):
+            beams: list[tuple[int, int, float, tuple]] = []
+            for rank, (total, choice) in enumerate(
+                zip(best[index].tolist(), flat[index].tolist(), strict=True)
+            ):
+                beam, token = divmod(choice, num_tokens)
+                history = alive[index][beam]
+                if history is None or total == -float("inf") or len(beams) == width:
+                    continue
+                ids, scores = [*history[0], token], [*history[1], logs_list[index][rank]]
+                if token != special.end:
+                    beams.append((index * width + beam, token, total, (ids, scores)))
+                elif rank < width:
+                    finish(page, ids, scores)
+            if len(finished[page]) >= width or not beams:
+                continue
+            beams += [(beams[0][0], beams[0][1], -float("inf"), None)] * (width - len(beams))
+            kept_pages.append(page)
+            kept_alive.append([beam[3] for beam in beams])
+            kept_rows += [beam[0] for beam in beams]
+            kept_tokens += [beam[1] for beam in beams]
+            kept_totals.append([beam[2] for beam in beams])
+        pages, alive = kept_pages, kept_alive
+        if not pages:
+            break
+        chosen = torch.tensor(kept_rows, device=device)
+        cache.reorder(chosen) if len(chosen) == batch * width else cache.keep(chosen)
+        tokens = torch.tensor(kept_tokens, device=device)
+        totals = torch.tensor(kept_totals, device=device)
+    for page, beams in zip(pages, alive, strict=True):
+        for history in beams:  # cut off by max_length
+            if history is not None:
+                finish(page, *history)
+    return [max(found, key=lambda pair: pair[0])[1] for found in finished]

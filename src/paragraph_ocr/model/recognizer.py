@@ -1,0 +1,84 @@
+"""The recognizer: page in, text out."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor, nn
+
+from paragraph_ocr.model.decoder import Decoder
+from paragraph_ocr.model.encoder import Encoder
+from paragraph_ocr.model.generate import Beam, Greedy, Reading, SpecialTokens, generate
+from paragraph_ocr.model.positions import add_grid_positions
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """An encoded page: what the decoder looks at."""
+
+    states: Float[Tensor, "B M D"]
+    """Cells of the feature grid, row by row."""
+    mask: Bool[Tensor, "B M"] | None
+    """True where a cell lies on the page; None if all do."""
+    grid: tuple[int, int]
+    """Rows and columns of cells."""
+
+
+class Recognizer(nn.Module):
+    """Encoder, projection to the decoder's width, 2-D positions, decoder."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, *, special: SpecialTokens) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.project = nn.Conv2d(encoder.channels, decoder.width, kernel_size=1)
+        self.decoder = decoder
+        self.special = special
+
+    def encode(
+        self, images: UInt8[Tensor, "B 1 H W"], sizes: Int[Tensor, "B 2"] | None = None
+    ) -> Memory:
+        """Return the memory of the pages; `sizes` as in `Encoder.forward`."""
+        features = add_grid_positions(self.project(self.encoder(images, sizes)))
+        grid = (features.shape[2], features.shape[3])
+        mask = None if sizes is None else self.encoder.cells(sizes, grid).flatten(1)
+        return Memory(features.flatten(2).transpose(1, 2), mask, grid)
+
+    def forward(
+        self,
+        images: UInt8[Tensor, "B 1 H W"],
+        tokens: Int[Tensor, "B L"],
+        sizes: Int[Tensor, "B 2"] | None = None,
+    ) -> Float[Tensor, "B L V"]:
+        """Return the logits of the token after each of `tokens` (teacher forcing)."""
+        memory = self.encode(images, sizes)
+        return self.decoder(tokens, memory.states, memory.mask)
+
+    @torch.no_grad()
+    def read(
+        self,
+        images: UInt8[Tensor, "B 1 H W"],
+        sizes: Int[Tensor, "B 2"] | None = None,
+        *,
+        decoding: Greedy | Beam,
+        max_length: int,
+    ) -> list[Reading]:
+        """Return a reading of each page (free-running).
+
+        Args:
+            max_length: tokens at most, start and end included; no more than the decoder's.
+        """
+        memory = self.encode(images, sizes)
+        return generate(
+            self.decoder,
+            memory.states,
+            memory.mask,
+            special=self.special,
+            decoding=decoding,
+            max_length=max_length,
+        )
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return all weights and statistics, contiguous on the CPU, for a safetensors file."""
+        return {
+            name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()
+        }

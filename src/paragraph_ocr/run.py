@@ -1,0 +1,216 @@
+"""One run from start to finish: build, fit, test, report."""
+
+import logging
+import os
+import re
+import signal
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import yaml
+
+from paragraph_ocr import build, console
+from paragraph_ocr.config import Experiment
+from paragraph_ocr.learning.callbacks import KeepWeights, Measure, StopWhenRead, TrainingProgress
+from paragraph_ocr.learning.learner import Learner
+from paragraph_ocr.tracking import PARENT_VARIABLE, TrackedRun
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run has to show."""
+
+    folder: Path
+    metrics: dict[str, float]
+    run_id: str | None
+
+
+def run(experiment: Experiment, *, overrides: Sequence[str]) -> Outcome:
+    """Train, test and report one experiment.
+
+    Model and optimizer are built before any data is touched, so that a mistake costs seconds.
+
+    Args:
+        overrides: what was typed; names the run.
+
+    Raises:
+        UserError: a mistake that only building shows.
+        KeyboardInterrupt, SystemExit: it was interrupted or terminated; MLflow says KILLED.
+    """
+    _quiet_lightning()
+    began = time.perf_counter()
+    pl.seed_everything(experiment.seed, workers=True, verbose=False)
+    vocabulary = build.build_vocabulary(experiment)
+    recognizer = build.build_recognizer(experiment, vocabulary)
+    learner = build.build_learner(experiment, recognizer, vocabulary)
+    _announce(experiment, learner)
+
+    outputs = Path(experiment.outputs)
+    name = experiment.name or run_name(overrides)
+    folder = make_folder(outputs / "runs", name)
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump(asdict(experiment), sort_keys=False, allow_unicode=True)
+    )
+    tracked = _track(experiment, outputs, name=name, folder=folder)
+    with _termination_as_interrupt(), tracked.ending() if tracked else nullcontext():
+        if tracked:
+            tracked.log_file(folder / "config.yaml")
+        with console.progress("render") as progress:
+            datamodule = build.build_datamodule(experiment, vocabulary, progress=progress)
+            datamodule.prepare_data()
+        datamodule.setup("fit")
+        console.say(repr(datamodule))
+        keep = KeepWeights(folder)
+        callbacks: list[pl.Callback] = [keep, Measure(), TrainingProgress()]
+        if experiment.trainer.overfit_batches:
+            callbacks.append(StopWhenRead())
+        logger = tracked.logger() if tracked else None
+        trainer = build.build_trainer(experiment, folder=folder, logger=logger, callbacks=callbacks)
+        trainer.fit(learner, datamodule=datamodule)
+        metrics = _metrics(trainer)
+        if keep.best_path.exists() and not trainer.fast_dev_run:
+            build.load_weights(recognizer, keep.best_path)
+            trainer.test(learner, datamodule=datamodule, verbose=False)
+            metrics |= _metrics(trainer)
+        metrics["minutes"] = (time.perf_counter() - began) / 60
+        _report(experiment, learner, metrics, folder=folder, name=name, tracked=tracked)
+    return Outcome(folder, metrics, tracked.run_id if tracked else None)
+
+
+def run_name(overrides: Sequence[str]) -> str:
+    """Return a name made of the overrides, or "default"; folders take it as it is."""
+    return ",".join(overrides) or "default"
+
+
+def make_folder(parent: Path, name: str) -> Path:
+    """Return a new folder, named by the time and the run, that no other run has or gets.
+
+    Names keep to letters, digits, dots, dashes and underscores, so that a path can be typed as an
+    override without quoting.
+    """
+    stem = time.strftime("%Y-%m-%d_%H-%M-%S_") + re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:80]
+    for count in range(1, 10_000):
+        folder = parent / (stem if count == 1 else f"{stem}_{count}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # another run of this very second
+            continue
+        return folder
+    raise RuntimeError(f"{stem}: ten thousand runs in a second")
+
+
+def _announce(experiment: Experiment, learner: Learner) -> None:
+    """Say what is about to be trained, and what may surprise."""
+    trainer = experiment.trainer
+    sizes = _sizes(learner)
+    console.say(
+        f"model {sizes['parameters']:.2f} M parameters (encoder {sizes['encoder_parameters']:.2f} M,"
+        f" {sizes['trained_parameters']:.2f} M trained); precision {build.precision(trainer)}"
+    )
+    if trainer.accelerator == "auto" and not torch.cuda.is_available():
+        console.warn("No GPU here: training on the CPU in float32, which will be slow.")
+    regularized = any(asdict(experiment.regularization.augmentation).values())
+    if trainer.overfit_batches and (regularized or experiment.regularization.token_noise):
+        console.say("Memorising: augmentation and token noise are off.")
+
+
+def _sizes(learner: Learner) -> dict[str, float]:
+    """Return numbers of parameters in millions."""
+    recognizer = learner.recognizer
+    counts = {
+        "parameters": sum(p.numel() for p in recognizer.parameters()),
+        "encoder_parameters": sum(p.numel() for p in recognizer.encoder.parameters()),
+        "trained_parameters": sum(p.numel() for p in recognizer.parameters() if p.requires_grad),
+    }
+    return {name: count / 1e6 for name, count in counts.items()}
+
+
+def _track(experiment: Experiment, outputs: Path, *, name: str, folder: Path) -> TrackedRun | None:
+    tracking = experiment.tracking
+    if tracking.name == "off" or experiment.trainer.fast_dev_run:
+        return None
+    return TrackedRun(
+        outputs,
+        name=name,
+        parameters=flatten(asdict(experiment)),
+        tags={"folder": str(folder)},
+        experiment_name=tracking.experiment_name,
+        uri=tracking.uri,
+        parent=os.environ.get(PARENT_VARIABLE),
+        system_metrics=tracking.system_metrics,
+    )
+
+
+def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings under dotted keys; an empty mapping is a leaf."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        dotted = f"{path}.{key}" if path else key
+        if isinstance(value, dict) and value:
+            leaves |= flatten(value, dotted)
+        else:
+            leaves[dotted] = value
+    return leaves
+
+
+def _metrics(trainer: pl.Trainer) -> dict[str, float]:
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def _report(
+    experiment: Experiment,
+    learner: Learner,
+    metrics: dict[str, float],
+    *,
+    folder: Path,
+    name: str,
+    tracked: TrackedRun | None,
+) -> None:
+    """Leave figures, readings and images in MLflow, and show the panel."""
+    pairs = [(sample.truth, sample.reading) for sample in learner.samples]
+    if tracked:
+        tracked.log_metrics({"minutes": metrics["minutes"], **_sizes(learner)}, step=0)
+        tracked.log_readings(pairs, name="readings")
+        tracked.log_images([sample.image.numpy() for sample in learner.samples], folder="samples")
+    console.show_outcome(
+        title=name,
+        metrics=metrics,
+        samples=pairs[:3],
+        folder=folder,
+        open_ui="nox -s ui" if tracked else None,
+    )
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end the run as Ctrl-C does, so that its status is told."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _quiet_lightning() -> None:
+    """Leave out Lightning's advertisements and what it says of settings that are meant."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for text in (
+        ".*does not have many workers.*",
+        ".*The number of training batches.*",
+        ".*LeafSpec.*",
+        ".*GPU available but not used.*",
+        ".*isinstance.treespec, LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", text)

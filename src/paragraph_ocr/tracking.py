@@ -1,0 +1,167 @@
+"""MLflow: a run opened once, told the truth about its end, with what a person compares in it."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+
+import mlflow
+import numpy as np
+from mlflow.entities import Param, RunStatus
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from pytorch_lightning.loggers import MLFlowLogger
+
+from paragraph_ocr.metrics import character_error_rate
+
+PARENT_VARIABLE = "PARAGRAPH_OCR_PARENT_RUN"
+"""Environment variable through which a sweep tells its jobs the id of their parent run."""
+
+DEFAULT_EXPERIMENT = "paragraph_ocr"
+
+
+def database_uri(outputs: Path, uri: str | None = None) -> str:
+    """Return where runs are kept: `uri`, else MLFLOW_TRACKING_URI, else a SQLite file in outputs."""
+    chosen = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return chosen or f"sqlite:///{outputs.resolve() / 'mlflow.db'}"
+
+
+def open_experiment(
+    outputs: Path, *, name: str, uri: str | None
+) -> tuple[mlflow.MlflowClient, str]:
+    """Return a client and the experiment's id; both are made if this is the first run.
+
+    A sweep calls it before its jobs start: processes that create a fresh SQLite file together crash.
+    """
+    outputs.mkdir(parents=True, exist_ok=True)
+    client = mlflow.MlflowClient(database_uri(outputs, uri))
+    existing = client.get_experiment_by_name(name)
+    if existing is not None:
+        return client, existing.experiment_id
+    try:
+        # the default place is the working directory of whoever came first, fixed for ever
+        location = (outputs / "artifacts").resolve().as_uri()
+        return client, client.create_experiment(name, artifact_location=location)
+    except MlflowException:  # another process was faster
+        return client, client.get_experiment_by_name(name).experiment_id
+
+
+class TrackedRun:
+    """One run in MLflow; leave the context with the status that is true.
+
+    Args:
+        parameters: dotted keys and values, comparable across runs in the UI.
+        parent: id of the sweep's run, or None.
+    """
+
+    def __init__(
+        self,
+        outputs: Path,
+        *,
+        name: str,
+        parameters: Mapping[str, Any],
+        tags: Mapping[str, str],
+        experiment_name: str = DEFAULT_EXPERIMENT,
+        uri: str | None = None,
+        parent: str | None = None,
+        system_metrics: bool = False,
+    ) -> None:
+        self.client, experiment = open_experiment(outputs, name=experiment_name, uri=uri)
+        tags = {**_environment_tags(), **tags}
+        if parent:
+            tags[MLFLOW_PARENT_RUN_ID] = parent
+        # named here: seeding everything would seed MLflow's random names too
+        self.run_id = self.client.create_run(experiment, run_name=name, tags=tags).info.run_id
+        self.uri = database_uri(outputs, uri)
+        self._experiment_name = experiment_name
+        self._system_metrics = system_metrics
+        # MLflow cuts a value at 250 characters here and there; the whole config is an artifact
+        listed = [Param(key, str(value)[:250]) for key, value in parameters.items()]
+        for start in range(0, len(listed), 100):
+            self.client.log_batch(self.run_id, params=listed[start : start + 100])
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Watch the system while the block runs; close the run as FINISHED, KILLED or FAILED."""
+        monitor = None
+        if self._system_metrics:
+            mlflow.set_tracking_uri(self.uri)
+            monitor = SystemMetricsMonitor(self.run_id, sampling_interval=5)
+            monitor.start()
+        status = RunStatus.FAILED
+        try:
+            yield
+            status = RunStatus.FINISHED
+        except (KeyboardInterrupt, SystemExit):
+            status = RunStatus.KILLED
+            raise
+        finally:
+            if monitor is not None:
+                monitor.finish()
+            mlflow.flush_async_logging()
+            self.client.set_terminated(self.run_id, RunStatus.to_string(status))
+
+    def logger(self) -> MLFlowLogger:
+        """Return Lightning's logger on this run."""
+        return _MetricsLogger(
+            experiment_name=self._experiment_name,
+            tracking_uri=self.uri,
+            run_id=self.run_id,
+            synchronous=False,
+        )
+
+    def log_file(self, path: Path, folder: str | None = None) -> None:
+        self.client.log_artifact(self.run_id, str(path), folder)
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
+        for name, value in metrics.items():
+            self.client.log_metric(self.run_id, name, value, step=step)
+
+    def log_images(self, images: Sequence[np.ndarray], *, folder: str) -> None:
+        """Log pages ("H W", 0 is paper) as dark ink on white."""
+        for index, image in enumerate(images):
+            page = (255 - image)[:, :, None].repeat(3, axis=2)
+            self.client.log_image(self.run_id, page, f"{folder}/{index:03d}.png")
+
+    def log_readings(self, pairs: Sequence[tuple[str, str]], *, name: str) -> None:
+        """Log (truth, reading) pairs as a table; one name in every run lets the UI compare them."""
+        table = {
+            "truth": [truth for truth, _ in pairs],
+            "reading": [reading for _, reading in pairs],
+            "cer": [round(character_error_rate([r], [t]), 4) for t, r in pairs],
+        }
+        self.client.log_table(self.run_id, table, f"{name}.json")
+
+
+class _MetricsLogger(MLFlowLogger):
+    """Logs metrics alone: parameters and the end of the run are TrackedRun's."""
+
+    def log_hyperparams(self, params: Any) -> None:
+        pass
+
+    def finalize(self, status: str = "success") -> None:
+        pass
+
+
+def _environment_tags() -> dict[str, str]:
+    """Return git commit (with a mark if the tree is changed) and host, as far as they are known."""
+    tags = {"host": platform.node()}
+    source = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(source)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    except OSError:  # no git here
+        return tags
+    if commit.returncode == 0:
+        tags["mlflow.source.git.commit"] = commit.stdout.strip()
+        tags["git.changed"] = json.dumps(bool(changed.stdout.strip()))
+    return tags

@@ -1,0 +1,348 @@
+"""The one door through which YAML becomes Python, and one line for every mistake made before it."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from paragraph_ocr.config import (
+    SCHEMAS,
+    DataConfig,
+    Experiment,
+    GeneratedData,
+    TrainerConfig,
+    register_schema,
+)
+from paragraph_ocr.errors import UserError, nearest
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+REFUSALS = (HydraException, OmegaConfBaseException, YAMLError)
+"""What composing a config raises; `explain` puts it in one line."""
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "model.decoder.norm": ("pre", "post"),
+    "optimizer.name": ("adamw", "adam", "sgd", "muon"),
+    "schedule.name": ("constant", "cosine", "one_cycle"),
+    "trainer.accelerator": ("auto", "cpu", "gpu", "cuda"),
+    "trainer.precision": ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"),
+    "trainer.strategy": ("auto", "ddp", "ddp_spawn"),
+    "trainer.profiler": ("simple", "advanced", "pytorch"),
+    "decoding.name": ("greedy", "beam"),
+    "tracking.name": ("mlflow", "off"),
+}
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),
+    "model.encoder.stage": (0, 4),
+    "model.decoder.depth": (1, 100),
+    "model.decoder.width": (4, 65536),
+    "model.decoder.heads": (1, 1024),
+    "model.decoder.feed_forward": (1, 1_000_000),
+    "datamodule.batch_size": (1, 1_000_000),
+    "datamodule.num_workers": (0, 1024),
+    "datamodule.max_length": (3, 100_000),
+    "datamodule.height": (32, 10_000),
+    "datamodule.width": (32, 10_000),
+    "datamodule.min_lines": (1, 1000),
+    "datamodule.min_characters": (1, 100_000),
+    "datamodule.num_train": (1, 100_000_000),
+    "datamodule.num_val": (1, 100_000_000),
+    "datamodule.num_test": (1, 100_000_000),
+    "datamodule.random_share": (0, 1),
+    "regularization.dropout": (0, 0.99),
+    "regularization.weight_decay": (0, 10),
+    "regularization.label_smoothing": (0, 0.99),
+    "regularization.gradient_clip": (0, 1e9),
+    "regularization.token_noise": (0, 0.99),
+    "optimizer.lr": (0, 100),
+    "schedule.warmup_steps": (0, 10_000_000),
+    "schedule.final_factor": (0, 1),
+    "trainer.overfit_batches": (0, 1e9),
+    "trainer.accumulate_grad_batches": (1, 1_000_000),
+    "decoding.beam_width": (1, 1000),
+    "tracking.num_samples": (0, 1000),
+}
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """Return `conf/train.yaml` under the overrides, as `train.py` would see it.
+
+    Raises:
+        UserError: what Hydra refuses, in one line.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    register_schema()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return hydra_compose("train", overrides)
+    except REFUSALS as error:
+        raise explain(error) from error
+
+
+def validate(composed: DictConfig) -> Experiment:
+    """Return the composed config as plain dataclasses, every key known and every value possible.
+
+    Hydra lets `+` add any key and OmegaConf drops it without a word, so every node is walked and
+    compared with the fields of its own schema.
+
+    Raises:
+        UserError: an unknown key (named with the nearest known one), a missing or impossible value,
+            or values that do not go together.
+    """
+    try:
+        for path, node in _nodes(composed):
+            schema = OmegaConf.get_type(node)
+            if not is_dataclass(schema):
+                continue  # an `extra` node: checked by what consumes it
+            for key in sorted(set(node) - {field.name for field in fields(schema)}):
+                raise _unknown_key(_join(path, str(key)), node[key])
+        for missing in sorted(OmegaConf.missing_keys(composed)):
+            raise UserError(f"{missing} has no value. Pass {missing}=<value>.")
+        experiment = OmegaConf.to_object(composed)
+    except REFUSALS as error:
+        raise explain(error) from error
+    assert isinstance(experiment, Experiment)
+    _check_values(composed)
+    _check_combinations(experiment)
+    return experiment
+
+
+def explain(error: Exception) -> UserError:
+    """Return one line for what Hydra or OmegaConf refused: key=value, what is allowed, what to type.
+
+    Hydra's own texts run over several lines and advise `+key`, which `validate` refuses.
+    """
+    text = f"{error}\n{error.__cause__ or ''}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        return _unknown_choice(group, choice, list(error.options or []))
+    if isinstance(error, YAMLError):
+        where = " ".join(str(getattr(error, "problem_mark", "")).split())
+        return UserError(
+            f"Not valid YAML {where}: {getattr(error, 'problem', error)}. Mend that line."
+        )
+    if isinstance(error, OverrideParseException):
+        return UserError(
+            f"{error.override!r} is not of the form key=value. Pass key=value, or group=choice; quote"
+            " values that hold =, commas, parentheses or spaces: 'key=\"a b\"'."
+        )
+    if found := re.search(r"Could not override '([^']+)'.*?(\S+?)=(.*)", text, re.DOTALL):
+        return _unknown_key(found[1], found[3].splitlines()[0])
+    if found := re.search(r"Error merging override (\S+?)=(.*)", text):
+        return _wrong_type(found[1].lstrip("+~"), found[2])
+    if found := re.search(r"Key '\S+' (?:is )?not in .*?full_key: (\S+)", text, re.DOTALL):
+        return _unknown_key(found[1])
+    if found := re.search(r"Value '(.*?)' .*?full_key: (\S+)", text, re.DOTALL):
+        return _wrong_type(found[2], found[1])
+    first = next((line.strip() for line in text.splitlines() if line.strip()), repr(error))
+    return UserError(f"{first} (`python train.py --help` lists groups and choices)")
+
+
+def _nodes(config: DictConfig, path: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """Yield every mapping of the config with its dotted path, the root first."""
+    yield path, config
+    for key in config:
+        if not OmegaConf.is_missing(config, key) and OmegaConf.is_dict(config[key]):
+            yield from _nodes(config[key], _join(path, str(key)))
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _schema(node: type = Experiment, path: str = "") -> dict[str, Any]:
+    """Return the type of every dotted key below a dataclass, of every kind of data module."""
+    keys: dict[str, Any] = {}
+    kinds = [DataConfig, *SCHEMAS.values()] if node is DataConfig else [node]
+    for kind in kinds:
+        for key, hint in get_type_hints(kind).items():
+            keys[_join(path, key)] = hint
+            if is_dataclass(hint):
+                keys |= _schema(hint, _join(path, key))  # type: ignore[arg-type]
+    return keys
+
+
+def _unknown_choice(group: str, choice: str, options: list[str]) -> UserError:
+    options = [option for option in options if option not in SCHEMAS]
+    close = nearest(choice, options)
+    return UserError(
+        f"{group}={choice} is not a choice of {group} ({', '.join(options)}). "
+        f"Pass {group}={close[0] if close else '<one of these>'}."
+    )
+
+
+def _unknown_key(key: str, value: Any = None) -> UserError:
+    written = key if value is None else f"{key}={value}"
+    known = _schema()
+    parent, _, last = key.rpartition(".")
+    if is_dataclass(known.get(key)):
+        return _wrong_type(key, value)
+    if key in known:
+        return UserError(
+            f"{written} does not belong to this datamodule. "
+            "Pass a datamodule=<choice> that has it, or leave it out."
+        )
+    if parent.rpartition(".")[2] == "extra":
+        return UserError(f"{written} is new in an open node. Pass +{written}.")
+    siblings = [name for name in known if name.rpartition(".")[0] == parent]
+    names: dict[str, str] = {}  # last part to whole key; a sibling goes before a stranger
+    for name in [*siblings, *known]:
+        names.setdefault(name.rpartition(".")[2], name)
+    close = nearest(last, [name.rpartition(".")[2] for name in siblings]) or nearest(last, names)
+    if not close:
+        return UserError(f"{written} is not a key of the config. See `python train.py --cfg job`.")
+    similar = ", ".join(names[name] for name in close)
+    return UserError(
+        f"{written} is not a key of the config (nearest: {similar}). Pass {names[close[0]]}=<value>."
+    )
+
+
+def _wrong_type(key: str, value: Any) -> UserError:
+    hint = _schema().get(key)
+    if is_dataclass(hint):
+        group = key.replace(".", "/")
+        return UserError(
+            f"{key}={value} sets a whole node. Pass {group}=<choice> for a file of conf/{group}, "
+            f"or {key}.<key>=<value>."
+        )
+    return UserError(f"{key}={value} must be {_in_words(hint)}. Pass {key}=<value>.")
+
+
+def _in_words(hint: Any) -> str:
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if hint in words:
+        return words[hint]
+    if hint is type(None):
+        return "null"
+    if set(get_args(hint)) == {int, float}:
+        return "a number (1 is one batch, 1.0 is all)"
+    return " or ".join(_in_words(part) for part in get_args(hint)) or "a mapping {key: value}"
+
+
+def _check_values(composed: DictConfig) -> None:
+    """Check each value alone, against its choices or its range."""
+    for key, choices in _CHOICES.items():
+        value = OmegaConf.select(composed, key)
+        if value is not None and value not in choices:
+            close = nearest(str(value), choices, count=1)
+            raise UserError(
+                f"{key}={value} is not one of {', '.join(choices)}. "
+                f"Pass {key}={close[0] if close else '<one of these>'}."
+            )
+    for key, (low, high) in _RANGES.items():
+        value = OmegaConf.select(composed, key)
+        if value is not None and not low <= value <= high:
+            raise UserError(
+                f"{key}={value} must lie in {low:.10g} to {high:.10g}. Pass {key}=<number>."
+            )
+
+
+def _check_combinations(experiment: Experiment) -> None:
+    """Check what must go together."""
+    decoder, data, trainer = experiment.model.decoder, experiment.datamodule, experiment.trainer
+    if decoder.width % decoder.heads:
+        raise UserError(
+            f"model.decoder.width={decoder.width} is not divisible by model.decoder.heads="
+            f"{decoder.heads}. Pass model.decoder.width={decoder.heads * (decoder.width // decoder.heads + 1)}"
+            " or another number of heads."
+        )
+    if decoder.width % 4:
+        raise UserError(
+            f"model.decoder.width={decoder.width} is not divisible by 4, which 2-D sine positions "
+            f"need. Pass model.decoder.width={decoder.width + 4 - decoder.width % 4}."
+        )
+    if experiment.optimizer.lr == 0:
+        raise UserError("optimizer.lr=0 learns nothing. Pass optimizer.lr=1e-3.")
+    if isinstance(data, GeneratedData):
+        _check_generated(data)
+    if experiment.decoding.name == "greedy" and experiment.decoding.beam_width != 1:
+        raise UserError(
+            f"decoding.beam_width={experiment.decoding.beam_width} does nothing in greedy decoding. "
+            "Pass decoding=beam."
+        )
+    if trainer.fast_dev_run is not False and trainer.overfit_batches:
+        raise UserError(
+            f"trainer.fast_dev_run={trainer.fast_dev_run} and trainer.overfit_batches="
+            f"{trainer.overfit_batches} exclude each other. Pass trainer.fast_dev_run=false."
+        )
+    if isinstance(trainer.overfit_batches, float) and trainer.overfit_batches > 1:
+        raise UserError(
+            f"trainer.overfit_batches={trainer.overfit_batches} is a share above 1. "
+            f"Pass trainer.overfit_batches={int(trainer.overfit_batches)} for that many batches."
+        )
+    weights = experiment.model.weights
+    if weights is not None and not Path(weights).exists():
+        raise UserError(
+            f"model.weights={weights} does not exist. Pass a run folder or a .safetensors file."
+        )
+    for key in ("fonts", "texts"):
+        path = getattr(data, key, None)
+        if path is not None and not Path(path).is_dir():
+            raise UserError(
+                f"datamodule.{key}={path} is not a folder. Pass datamodule.{key}=<folder>."
+            )
+    _check_device(trainer)
+
+
+def _check_generated(data: GeneratedData) -> None:
+    if data.min_lines > data.max_lines:
+        raise UserError(
+            f"datamodule.min_lines={data.min_lines} is above datamodule.max_lines={data.max_lines}. "
+            f"Pass datamodule.min_lines={data.max_lines} or fewer."
+        )
+    if not data.min_characters <= data.mean_characters <= data.max_characters:
+        raise UserError(
+            f"datamodule.mean_characters={data.mean_characters} must lie between min_characters="
+            f"{data.min_characters} and max_characters={data.max_characters}. "
+            f"Pass datamodule.mean_characters={(data.min_characters + data.max_characters) // 2}."
+        )
+    if data.max_characters + 2 > data.max_length:  # the start and the end token
+        raise UserError(
+            f"datamodule.max_length={data.max_length} is too short for "
+            f"datamodule.max_characters={data.max_characters} and start and end. "
+            f"Pass datamodule.max_length={data.max_characters + 2} or more."
+        )
+
+
+def _check_device(trainer: TrainerConfig) -> None:
+    """Check that the device is there and can compute in the precision asked for.
+
+    Asks torch, and so imports it, only if the answer depends on the machine.
+    """
+    half = trainer.precision.startswith(("16", "bf16"))
+    if trainer.accelerator == "cpu":
+        if trainer.precision.startswith("16"):
+            raise UserError(
+                f"trainer.precision={trainer.precision} needs a GPU, and trainer.accelerator=cpu. "
+                "Pass trainer.precision=32-true, or bf16-mixed."
+            )
+        return
+    if trainer.accelerator == "auto" and not half:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        if trainer.accelerator != "auto":
+            raise UserError(
+                f"trainer.accelerator={trainer.accelerator} needs a GPU, and torch finds none here. "
+                "Pass trainer=cpu, or trainer=auto."
+            )
+        if trainer.precision.startswith("16"):
+            raise UserError(
+                f"trainer.precision={trainer.precision} needs a GPU, and torch finds none here. "
+                "Pass trainer.precision=auto."
+            )
+    elif trainer.precision.startswith("bf16") and not torch.cuda.is_bf16_supported():
+        raise UserError(
+            f"trainer.precision={trainer.precision} is not supported by this GPU. "
+            "Pass trainer.precision=16-mixed."
+        )

@@ -1,0 +1,85 @@
+"""Text to token ids and back."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from paragraph_ocr.errors import UserError
+
+SPECIAL_TOKENS = ("<B>", "<S>", "<E>", "<P>")
+"""Blank (unused by a Transformer, kept for CTC), start, end, pad: the order of the FSDL 2022 lab."""
+
+
+class Vocabulary:
+    """The characters a model can write, one token each, behind four special tokens.
+
+    Raises:
+        ValueError: a character stands twice, or something longer than a character is given.
+    """
+
+    blank, start, end, pad = range(4)
+
+    def __init__(self, characters: Iterable[str]) -> None:
+        self.characters = tuple(characters)
+        if any(len(character) != 1 for character in self.characters):
+            raise ValueError("a vocabulary is made of single characters")
+        if len(set(self.characters)) != len(self.characters):
+            raise ValueError("a character stands twice in the vocabulary")
+        self.tokens = SPECIAL_TOKENS + self.characters
+        self._ids = {
+            character: len(SPECIAL_TOKENS) + index
+            for index, character in enumerate(self.characters)
+        }
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self.characters == other.characters
+
+    def __hash__(self) -> int:
+        return hash(self.characters)
+
+    def __repr__(self) -> str:
+        return f"Vocabulary({len(self)} tokens: {''.join(self.characters)!r})"
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of start, each character, end.
+
+        Raises:
+            UserError: a character is unknown (see `require`).
+        """
+        try:
+            return [self.start, *(self._ids[character] for character in text), self.end]
+        except KeyError:
+            self.require([text])
+            raise
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text before the first end token; special tokens write nothing."""
+        characters = []
+        for index in ids:
+            if index == self.end:
+                break
+            if index >= len(SPECIAL_TOKENS):
+                characters.append(self.tokens[index])
+        return "".join(characters)
+
+    def unknown(self, texts: Iterable[str]) -> Counter[str]:
+        """Return how often each character that the vocabulary lacks stands in the texts."""
+        counts = Counter(character for text in texts for character in text)
+        return Counter({c: n for c, n in counts.items() if c not in self._ids})
+
+    def require(self, texts: Sequence[str]) -> None:
+        """Check that every character of the texts is known.
+
+        Raises:
+            UserError: names every unknown character with its count, and the remedy.
+        """
+        unknown = self.unknown(texts)
+        if unknown:
+            listed = ", ".join(f"{c!r} (U+{ord(c):04X}) x{n}" for c, n in unknown.most_common(20))
+            more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
+            raise UserError(
+                f"vocabulary.characters lacks {listed}{more}. Add them with "
+                "vocabulary.characters=<all characters>, or take them out of the text."
+            )

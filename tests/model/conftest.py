@@ -1,0 +1,42 @@
+"""Small models that the tests of this folder read with."""
+
+import pytest
+import torch
+
+from paragraph_ocr.model.decoder import Decoder
+from paragraph_ocr.model.encoder import Encoder
+from paragraph_ocr.model.generate import SpecialTokens
+from paragraph_ocr.model.recognizer import Recognizer
+
+SPECIAL = SpecialTokens(start=1, end=2, pad=3)
+
+
+@pytest.fixture
+def make_recognizer():
+    """Return a function that makes a small model with random weights, in evaluation mode."""
+
+    def make(*, seed=0, norm="pre", tied=True, num_tokens=20, dropout=0.0, freeze=False):
+        torch.manual_seed(seed)
+        encoder = Encoder("test_resnet", stage=3, freeze=freeze)
+        decoder = Decoder(
+            num_tokens=num_tokens,
+            depth=2,
+            width=32,
+            heads=4,
+            feed_forward=64,
+            dropout=dropout,
+            norm=norm,
+            tied=tied,
+            max_length=64,
+        )
+        # sharper logits and a fair chance to end, so that rows end raggedly
+        decoder.embedding.weight.data *= 3
+        return Recognizer(encoder, decoder, special=SPECIAL).eval()
+
+    return make
+
+
+@pytest.fixture
+def pages():
+    torch.manual_seed(1)
+    return torch.randint(0, 256, (6, 1, 48, 80), dtype=torch.uint8)

@@ -1,0 +1,60 @@
+"""Train one experiment, or with -m a sweep of them: compose, validate, run.
+
+    python train.py model=small trainer.overfit_batches=1
+
+Exit status: 0 done, 2 the user's mistake (one line), 1 anything else.
+"""
+
+import os
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from paragraph_ocr.config import register_schema
+from paragraph_ocr.errors import UserError
+from paragraph_ocr.validation import CONF, REFUSALS, explain, validate
+
+os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed by Hydra
+register_schema()
+
+
+@hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")
+def train(composed: DictConfig) -> float:
+    """Run what Hydra composed; the figure is what a sweep compares."""
+    experiment = validate(composed)
+    # torch, Lightning and MLflow take seconds to import: not before the config is known to be good
+    from hydra.core.hydra_config import HydraConfig
+
+    from paragraph_ocr.run import run
+
+    outcome = run(experiment, overrides=list(HydraConfig.get().overrides.task))
+    return outcome.metrics["val/cer"]
+
+
+def main() -> int:
+    if {"--help", "-h"} & set(sys.argv):
+        from paragraph_ocr.help import show_help
+
+        show_help(CONF)
+        return 0
+    try:
+        train()
+    except UserError as error:
+        return _refuse(error)
+    except REFUSALS as error:
+        return _refuse(explain(error))
+    except KeyboardInterrupt:
+        return 1
+    return 0
+
+
+def _refuse(error: UserError) -> int:
+    from paragraph_ocr import console
+
+    console.error(str(error))
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
