@@ -1,7 +1,6 @@
 """Handwriting-like faces: the ones installed as packages, or a folder of the user's own."""
 
 import hashlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -109,8 +108,8 @@ def find_faces(folder: Path | None) -> list[Path]:
     return sorted(found, key=lambda path: (path.name, str(path)))
 
 
-def load_faces(folder: Path | None, *, characters: str) -> list[Face]:
-    """Return the faces that draw every one of the characters; the others are named in one warning.
+def load_faces(folder: Path | None, *, characters: str) -> tuple[list[Face], list[str]]:
+    """Return the faces that draw every one of the characters, and what the other files lack.
 
     Raises:
         UserError: none is left.
@@ -128,12 +127,10 @@ def load_faces(folder: Path | None, *, characters: str) -> list[Face]:
             f"character of the vocabulary: {'; '.join(left_out[:5])}. Pass a folder of other fonts, "
             "or fewer vocabulary.characters."
         )
-    if left_out:
-        warnings.warn(f"fonts left out, lacking characters: {'; '.join(left_out)}", stacklevel=2)
-    return faces
+    return faces, left_out
 
 
-def digest(paths: Sequence[Path]) -> str:
+def digest_fonts(paths: Sequence[Path]) -> str:
     """Return what tells one set of font files from another: their names and bytes."""
     total = hashlib.sha256()
     for path in paths:

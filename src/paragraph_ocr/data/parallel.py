@@ -4,16 +4,20 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _CHUNK = 16  # items a task: a tenth of a second of rendering
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def in_order[T, R](work: Callable[[T], R], items: Sequence[T], *, num_workers: int) -> Iterator[R]:
+def in_order(work: Callable[[T], R], items: Sequence[T], *, num_workers: int) -> Iterator[R]:
     """Yield work(item) for each item, in order, a few tasks ahead of the consumer.
 
     0 workers, or a single chunk of items: in this process. Otherwise `work` must be picklable. When
@@ -27,26 +31,28 @@ def in_order[T, R](work: Callable[[T], R], items: Sequence[T], *, num_workers: i
     waiting: deque[Future[list[R]]] = deque()
     executor = ProcessPoolExecutor(min(num_workers, len(chunks)), context, _begin)
     try:
-        with _one_thread_each():
-            for chunk in chunks:
-                waiting.append(executor.submit(_work_through, work, chunk))
-                if len(waiting) > 4 * num_workers:
-                    yield from waiting.popleft().result()
-            while waiting:
+        for chunk in chunks:
+            waiting.append(executor.submit(_work_through, work, chunk))
+            if len(waiting) > 4 * num_workers:
                 yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _work_through[T, R](work: Callable[[T], R], chunk: Sequence[T]) -> list[R]:
+def _work_through(work: Callable[[T], R], chunk: Sequence[T]) -> list[R]:
     return [work(item) for item in chunk]
 
 
 def _begin() -> None:
-    """Prepare a worker: one thread, deaf to Ctrl-C (the parent acts on it), gone with the parent."""
+    """Prepare a worker: one thread, no warnings (the parent has given them), deaf to Ctrl-C (the
+    parent acts on it), gone with the parent."""
+    os.environ.update(dict.fromkeys(_THREADS, "1"))  # before NumPy is imported
     import cv2
 
     cv2.setNumThreads(1)
+    warnings.simplefilter("ignore")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -56,18 +62,3 @@ def _begin() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Give spawned processes an environment in which NumPy starts no threads of its own."""
-    before = {name: os.environ.get(name) for name in _THREADS}
-    os.environ.update(dict.fromkeys(_THREADS, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -77,10 +77,17 @@ def render(
     inner = np.array([width, height]) - 2 * margins
     # the number of lines that would fill the canvas, were it free
     total = advances.sum() + space * len(words)
-    natural = math.sqrt(total * inner[1] / (inner[0] * spacing)) * math.exp(generator.normal(0, 0.15))
+    natural = math.sqrt(total * inner[1] / (inner[0] * spacing)) * math.exp(
+        generator.normal(0, 0.15)
+    )
     num_lines = int(np.clip(round(natural), min_lines, max_lines))
     starts, line_em = _wrap(
-        advances, space=space, indent=indent, num_lines=num_lines, minimum=min_lines, generator=generator
+        advances,
+        space=space,
+        indent=indent,
+        num_lines=num_lines,
+        minimum=min_lines,
+        generator=generator,
     )
     lines = [words[a:b] for a, b in zip(starts, [*starts[1:], len(words)], strict=True)]
 
@@ -130,7 +137,9 @@ def _wrap(
         found = [0]
         for line in range(num_lines):
             begin = ends[found[-1] - 1] if found[-1] else -indent
-            after = int(np.searchsorted(ends, begin + max(edges[line] * line_em, widest) + space + 1e-9))
+            after = int(
+                np.searchsorted(ends, begin + max(edges[line] * line_em, widest) + space + 1e-9)
+            )
             after = max(after, found[-1] + 1)
             if after >= len(ends):
                 return found
@@ -151,7 +160,10 @@ def _wrap(
         longest = int(np.argmax(np.diff(bounds)))
         chosen = sorted([*chosen, (bounds[longest] + bounds[longest + 1]) // 2])
     bounds = [*chosen, len(advances)]
-    widths = [ends[b - 1] - (ends[a - 1] if a else -indent) for a, b in zip(bounds, bounds[1:], strict=False)]
+    widths = [
+        ends[b - 1] - (ends[a - 1] if a else -indent)
+        for a, b in zip(bounds, bounds[1:], strict=False)
+    ]
     return chosen, float(max(widths)) - space
 
 

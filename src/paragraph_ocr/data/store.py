@@ -13,13 +13,12 @@ import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 from uuid import uuid4
 
 import h5py
 import numpy as np
 
-from paragraph_ocr.data.text import SPLITS
+from paragraph_ocr.data.paragraph import SPLITS, Paragraph
 from paragraph_ocr.errors import UserError
 
 FORMAT = "paragraph_ocr store"
@@ -30,22 +29,6 @@ _WORDS = ("text", "split", "source", "writer")
 
 _GZIP_LEVEL = 1  # level 4 saves 8% of the bytes and writes at half the speed
 _GROWTH = 256  # rows by which a dataset of images is extended at a time
-
-
-@dataclass(frozen=True, slots=True)
-class Paragraph:
-    """What any corpus produces and a store holds, one a row."""
-
-    image: np.ndarray
-    """uint8 (H, W): 0 is paper, 255 is ink."""
-    text: str
-    """Transcription, lines parted by a newline."""
-    split: str
-    """One of SPLITS."""
-    source: str
-    """Where it comes from: a face, the name of a scan."""
-    writer: str
-    """Whose hand; paragraphs of one writer share it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +60,9 @@ def pack(paragraph: Paragraph, *, canvas: tuple[int, int] | None = None) -> Pack
     height, width = image.shape
     canvas = canvas or (height, width)
     if height > canvas[0] or width > canvas[1]:
-        raise ValueError(f"an image of {height}x{width} exceeds its canvas of {canvas[0]}x{canvas[1]}")
+        raise ValueError(
+            f"an image of {height}x{width} exceeds its canvas of {canvas[0]}x{canvas[1]}"
+        )
     if canvas != (height, width):
         image = np.pad(image, ((0, canvas[0] - height), (0, canvas[1] - width)))
     return PackedParagraph(
@@ -106,15 +91,12 @@ class StoreWriter:
         self._places: dict[tuple[int, int], int] = {}  # rows so far on each canvas
         self._columns: dict[str, list] = {name: [] for name in (*_NUMBERS, *_WORDS)}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StoreWriter":
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = h5py.File(self._aside, "w", libver="v110", track_times=False)
         return self
 
-    def add(self, paragraph: Paragraph, *, canvas: tuple[int, int] | None = None) -> None:
-        self.add_packed(pack(paragraph, canvas=canvas))
-
-    def add_packed(self, packed: PackedParagraph) -> None:
+    def add(self, packed: PackedParagraph) -> None:
         place = self._places.setdefault(packed.canvas, 0)
         images = self._images(packed.canvas)
         if place == len(images):
@@ -189,8 +171,7 @@ class Store:
             self.sizes = _column(file, "size")[:]
             """True height and width of each row in pixels."""
             self.texts, self.splits, self.sources, self.writers = (
-                _column(file, name).asstr()[:].tolist()
-                for name in _WORDS
+                _column(file, name).asstr()[:].tolist() for name in _WORDS
             )
         self._images: list[h5py.Dataset] = []
         self._owner: int | None = None  # the process that opened the file
@@ -251,7 +232,9 @@ def _column(file: h5py.File, name: str) -> h5py.Dataset:
     group: h5py.Group = file
     for part in name.split("/"):
         if not isinstance(group.get(part, getlink=True), h5py.HardLink):
-            raise UserError(f"{file.filename}: {name} is missing or leads elsewhere. Delete the file.")
+            raise UserError(
+                f"{file.filename}: {name} is missing or leads elsewhere. Delete the file."
+            )
         group = group[part]
     if not isinstance(group, h5py.Dataset) or group.external or group.is_virtual:
         raise UserError(f"{file.filename}: {name} leads to another file. Delete the file.")

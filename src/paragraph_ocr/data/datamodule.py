@@ -1,0 +1,147 @@
+"""A corpus as Lightning loads it: prepared once, shuffled reproducibly, or held to a few batches."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from paragraph_ocr.data.corpus import Corpus
+from paragraph_ocr.data.dataset import Item, ParagraphDataset, collate
+from paragraph_ocr.data.store import Store
+from paragraph_ocr.data.text import SPLITS
+from paragraph_ocr.errors import UserError
+from paragraph_ocr.vocabulary import Vocabulary
+
+
+class ShuffledRows(Sampler[int]):
+    """All positions in an order that depends on the seed and the epoch alone."""
+
+    def __init__(self, length: int, *, seed: int) -> None:
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        yield from np.random.default_rng([self.seed, self.epoch]).permutation(self.length).tolist()
+
+
+class ParagraphDataModule(pl.LightningDataModule):
+    """Train, validation and test batches of a corpus.
+
+    Args:
+        root: folder of the stores.
+        max_length: tokens that a transcription may have, start and end included.
+        overfit_batches: a number of batches, or (a float) a share of them, that are all there is:
+            unshuffled, the same in training, validation and test. 0 uses all data properly.
+        progress: told (done, total) while a store is being prepared.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        root: Path,
+        vocabulary: Vocabulary,
+        batch_size: int,
+        num_workers: int,
+        max_length: int,
+        overfit_batches: int | float = 0,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.corpus, self.root, self.vocabulary = corpus, root, vocabulary
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.max_length, self.overfit_batches, self.seed = max_length, overfit_batches, seed
+        self._progress = progress
+        self._datasets: dict[str, ParagraphDataset] = {}
+
+    def prepare_data(self) -> None:
+        """Make the store, on all cores, unless it is there."""
+        self.corpus.prepare(self.root, num_workers=os.cpu_count() or 1, progress=self._progress)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the store and check its transcriptions.
+
+        Raises:
+            UserError: a transcription is too long, or holds unknown characters.
+        """
+        if self._datasets:
+            return
+        store = Store(self.corpus.prepare(self.root, num_workers=0))
+        self.vocabulary.require(store.texts)
+        too_long = [text for text in store.texts if len(text) + 2 > self.max_length]
+        if too_long:
+            longest = max(map(len, too_long)) + 2
+            raise UserError(
+                f"datamodule.max_length={self.max_length} is too short for {len(too_long)} of "
+                f"{len(store)} transcriptions. Pass datamodule.max_length={longest} or more."
+            )
+        for split in SPLITS:
+            self._datasets[split] = ParagraphDataset(store, store.rows(split), self.vocabulary)
+        if self.overfit_batches:
+            train = self._datasets["train"]
+            rows = train.rows[: self._num_overfit_batches(len(train)) * self.batch_size]
+            same = ParagraphDataset(store, rows, self.vocabulary)
+            self._datasets = dict.fromkeys(SPLITS, same)
+
+    def _num_overfit_batches(self, length: int) -> int:
+        if isinstance(self.overfit_batches, int):
+            return self.overfit_batches
+        batches = -(-length // self.batch_size)
+        return max(1, round(self.overfit_batches * batches))
+
+    def train_dataloader(self) -> DataLoader[Item]:
+        dataset = self._datasets["train"]
+        if self.overfit_batches:
+            return self._loader("train", None)
+        return self._loader("train", ShuffledRows(len(dataset), seed=self.seed))
+
+    def val_dataloader(self) -> DataLoader[Item]:
+        return self._loader("val", None)
+
+    def test_dataloader(self) -> DataLoader[Item]:
+        return self._loader("test", None)
+
+    def _loader(self, split: str, sampler: Sampler[int] | None) -> DataLoader[Item]:
+        dataset = self._datasets[split]
+        # starting workers takes longer than reading a few batches does
+        workers = 0 if len(dataset) <= 4 * self.batch_size else self.num_workers
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def __repr__(self) -> str:
+        if not self._datasets:
+            return f"{self.corpus.name}: not set up"
+        store = self._datasets["train"].store
+        counts = ", ".join(f"{len(d)} {split}" for split, d in self._datasets.items())
+        if self.overfit_batches:
+            counts = (
+                f"the same {len(self._datasets['train'])} paragraphs to train, validate and test"
+            )
+        lengths = [len(store.texts[row]) for row in self._rows()]
+        canvases = ", ".join(f"{height}x{width}" for height, width in store.canvases)
+        return (
+            f"{self.corpus.name}: {counts}; {canvases} px; {np.mean(lengths):.0f} characters in the "
+            f"mean, {max(lengths)} at most; {store.path}"
+        )
+
+    def _rows(self) -> Sequence[int]:
+        return sorted({row for dataset in self._datasets.values() for row in dataset.rows})

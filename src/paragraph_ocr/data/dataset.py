@@ -1,0 +1,55 @@
+"""Rows of a store as items, and items as batches."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from paragraph_ocr.batch import Batch
+from paragraph_ocr.data.store import Store
+from paragraph_ocr.vocabulary import Vocabulary
+
+
+class Item(NamedTuple):
+    """One paragraph: canvas "H W", token ids, true height and width, row in the store."""
+
+    image: np.ndarray
+    tokens: list[int]
+    size: tuple[int, int]
+    row: int
+
+
+class ParagraphDataset(Dataset[Item]):
+    """Some rows of a store, in the order given."""
+
+    def __init__(self, store: Store, rows: Sequence[int], vocabulary: Vocabulary) -> None:
+        self.store, self.rows, self.vocabulary = store, list(map(int, rows)), vocabulary
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Item:
+        row = self.rows[index]
+        height, width = map(int, self.store.sizes[row])
+        tokens = self.vocabulary.encode(self.store.texts[row])
+        return Item(self.store.image(row), tokens, (height, width), row)
+
+
+def collate(items: Sequence[Item], *, pad: int = Vocabulary.pad) -> Batch:
+    """Return the items as one batch: labels as long as the longest, canvases as large as the largest."""
+    height = max(item.image.shape[0] for item in items)
+    width = max(item.image.shape[1] for item in items)
+    length = max(len(item.tokens) for item in items)
+    images = torch.zeros(len(items), 1, height, width, dtype=torch.uint8)
+    tokens = torch.full((len(items), length), pad)
+    for index, item in enumerate(items):
+        images[index, 0, : item.image.shape[0], : item.image.shape[1]] = torch.from_numpy(
+            item.image
+        )
+        tokens[index, : len(item.tokens)] = torch.tensor(item.tokens)
+    sizes = torch.tensor([item.size for item in items])
+    filled = bool((sizes == torch.tensor([height, width])).all())
+    rows = torch.tensor([item.row for item in items])
+    return Batch(images, tokens, None if filled else sizes, rows)

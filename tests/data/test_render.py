@@ -1,0 +1,154 @@
+"""Rendered paragraphs: all the ink on the canvas, and exactly the words asked for."""
+
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from paragraph_ocr.data.fonts import find_faces, load_faces
+from paragraph_ocr.data.render import render
+from paragraph_ocr.data.text import Passages
+from paragraph_ocr.errors import UserError
+
+CANVASES = {
+    "line": dict(height=48, width=512, min_lines=1, max_lines=1),
+    "note": dict(height=160, width=448, min_lines=3, max_lines=6),
+    "page": dict(height=576, width=640, min_lines=1, max_lines=12),
+}
+LENGTHS = {"line": (20, 50), "note": (100, 250), "page": (40, 680)}
+
+
+@pytest.fixture(scope="module")
+def faces(notes):
+    found = load_faces(None, characters=notes.characters)
+    return found[0] if isinstance(found, tuple) else found
+
+
+@pytest.fixture(scope="module")
+def drawn(notes, faces):
+    """For each canvas: the words and the drawing, every face several times, short and long."""
+    passages = Passages(None, characters=notes.characters, random_share=0.25)
+    made = {name: [] for name in CANVASES}
+    for name, number in itertools.product(CANVASES, range(5)):
+        low, high = LENGTHS[name]
+        for place, face in enumerate(faces):
+            generator = np.random.default_rng([number, place])
+            length = [low, (low + high) // 2, high][number % 3]
+            words = passages.draw(generator, "train", length=length, minimum=low, maximum=high)
+            drawing = render(words, face, **CANVASES[name], generator=generator)
+            made[name].append((words, drawing))
+    return made
+
+
+@pytest.mark.parametrize("name", CANVASES)
+def test_ink_never_touches_the_border(drawn, name):
+    for _, drawing in drawn[name]:
+        edges = (drawing.image[0], drawing.image[-1], drawing.image[:, 0], drawing.image[:, -1])
+        assert not any(edge.any() for edge in edges)
+
+
+@pytest.mark.parametrize("name", CANVASES)
+def test_the_transcription_is_the_words_in_order_on_the_promised_number_of_lines(drawn, name):
+    for words, drawing in drawn[name]:
+        assert drawing.text.split() == words
+        assert all(line == line.strip() and line for line in drawing.lines)
+        assert CANVASES[name]["min_lines"] <= len(drawing.lines) <= CANVASES[name]["max_lines"]
+
+
+@pytest.mark.parametrize("name", CANVASES)
+def test_every_line_has_a_box_with_ink_and_no_ink_is_outside_the_boxes(drawn, name):
+    for _, drawing in drawn[name]:
+        outside = drawing.image.copy()
+        assert len(drawing.boxes) == len(drawing.lines)
+        for left, top, right, bottom in drawing.boxes:
+            part = np.s_[max(0, top) : bottom, max(0, left) : right]
+            assert drawing.image[part].any()
+            outside[part] = 0
+        assert not outside.any()
+
+
+def test_lines_come_from_top_to_bottom(drawn):
+    for _, drawing in drawn["page"]:
+        middles = (drawing.boxes[:, 1] + drawing.boxes[:, 3]) / 2
+        assert (np.diff(middles) > 0).all()
+
+
+def test_pages_are_images_of_ink_on_clean_paper(drawn):
+    for _, drawing in drawn["page"]:
+        assert drawing.image.dtype == np.uint8
+        assert drawing.image.shape == (576, 640)
+        assert drawing.image.max() > 100
+        assert 0.005 < (drawing.image > 0).mean() < 0.5
+
+
+def test_every_word_leaves_its_ink(faces, notes):
+    # twice the words, about twice the ink, at one size of letters and pen
+    def ink(words, seed):
+        drawing = render(
+            words, faces[2], height=400, width=600, min_lines=len(words), max_lines=len(words),
+            generator=np.random.default_rng(seed),
+        )  # fmt: skip
+        return [(drawing.image[t:b, max(0, le) : r] > 0).sum() for le, t, r, b in drawing.boxes]
+
+    for seed in range(5):
+        assert min(ink(["hand"] * 4, seed)) > 0.5 * max(ink(["hand"] * 4, seed))
+
+
+def test_the_same_generator_draws_the_same_page(faces):
+    first, second = (
+        render(["to", "be"] * 9, faces[0], **CANVASES["note"], generator=np.random.default_rng(7))
+        for _ in range(2)
+    )
+    assert (first.image == second.image).all()
+    assert first.lines == second.lines
+
+
+def test_fewer_words_than_lines_give_a_line_a_word(faces):
+    drawing = render(
+        ["yes", "no"], faces[0], **CANVASES["note"], generator=np.random.default_rng(0)
+    )
+    assert drawing.lines == ("yes", "no")
+
+
+def test_letters_put_down_one_by_one_look_as_freetype_draws_the_word(faces):
+    for face in faces:
+        if face.weights is not None:
+            continue
+        glyphs = face.glyphs(40)
+        width = int(sum(glyphs[c].advance for c in "minimum")) + 160
+        ours, theirs = np.zeros((160, width), np.uint8), Image.new("L", (width, 160))
+        pen = 60.0
+        for c in "minimum":
+            ink, left, top, advance = glyphs[c]
+            part = ours[100 + top : 100 + top + ink.shape[0], round(pen) + left :][
+                :, : ink.shape[1]
+            ]
+            np.maximum(part, ink, out=part)
+            pen += advance
+        font = glyphs._font
+        ImageDraw.Draw(theirs).text((60, 100), "minimum", fill=255, font=font, anchor="ls")
+        a, b = ours > 127, np.asarray(theirs) > 127
+        # kerning and part of a pixel may differ
+        near = np.maximum.reduce(
+            [np.roll(b, (dy, dx), (0, 1)) for dy in (-1, 0, 1) for dx in (-2, -1, 0, 1, 2)]
+        )
+        assert (a & ~near).sum() < 0.02 * a.sum()
+
+
+def test_all_default_faces_are_found(faces):
+    assert len(faces) >= 11
+    assert len({face.name for face in faces}) == len(faces)
+
+
+def test_a_character_that_no_face_draws_is_the_users_to_mend():
+    with pytest.raises(UserError, match=r"datamodule.fonts=null has no face .*vocabulary"):
+        load_faces(None, characters="ab\u4e2d")
+
+
+def test_an_empty_folder_of_fonts_is_the_users_to_mend(tmp_path):
+    with pytest.raises(UserError, match=r"^datamodule.fonts=.*Pass datamodule.fonts=<folder>"):
+        find_faces(tmp_path)
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    with pytest.raises(UserError, match="unreadable"):
+        load_faces(tmp_path, characters="abc")

@@ -1,0 +1,211 @@
+"""The store: what is written is read, by any process, or it is no store."""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import h5py
+import numpy as np
+import pytest
+
+from paragraph_ocr.data.store import Paragraph, Store, StoreWriter, pack
+from paragraph_ocr.errors import UserError
+
+
+def paragraphs(count: int = 9) -> list[Paragraph]:
+    generator = np.random.default_rng(0)
+    splits = ("train", "val", "test")
+    return [
+        Paragraph(
+            generator.integers(256, size=(20 + n % 2 * 10, 30), dtype=np.uint8),
+            f"Zeile {n}\n\u00e4\u00f6\u00fc \u20ac",
+            splits[n % 3],
+            f"face {n}",
+            f"writer {n // 2}",
+        )
+        for n in range(count)
+    ]
+
+
+def write(path, wanted=None, *, canvas=None, fingerprint="abc"):
+    wanted = paragraphs() if wanted is None else wanted
+    with StoreWriter(path, fingerprint=fingerprint) as writer:
+        for paragraph in wanted:
+            writer.add(pack(paragraph, canvas=canvas))
+    return path
+
+
+def test_a_store_gives_back_what_was_written(tmp_path):
+    store = Store(write(tmp_path / "a.h5"))
+    assert len(store) == 9
+    assert store.fingerprint == "abc"
+    assert store.canvases == [(20, 30), (30, 30)]
+    for row, paragraph in enumerate(paragraphs()):
+        assert (store.image(row) == paragraph.image).all()
+        assert store.texts[row] == paragraph.text
+        assert store.splits[row] == paragraph.split
+        assert store.sources[row] == paragraph.source
+        assert store.writers[row] == paragraph.writer
+        assert tuple(store.sizes[row]) == paragraph.image.shape == store.canvas(row)
+    assert store.rows("val").tolist() == [1, 4, 7]
+
+
+def test_images_are_padded_with_paper_to_a_canvas_and_keep_their_true_size(tmp_path):
+    store = Store(write(tmp_path / "a.h5", canvas=(32, 40)))
+    assert store.canvases == [(32, 40)]
+    for row, paragraph in enumerate(paragraphs()):
+        height, width = store.sizes[row]
+        image = store.image(row)
+        assert (image[:height, :width] == paragraph.image).all()
+        assert not image[height:].any()
+        assert not image[:, width:].any()
+
+
+def test_what_does_not_fit_is_refused():
+    image = np.zeros((10, 10), np.uint8)
+    for wrong, canvas in ((image, (9, 10)), (image.astype(float), None), (image[None], None)):
+        with pytest.raises(ValueError):
+            pack(Paragraph(wrong, "", "train", "", ""), canvas=canvas)
+    with pytest.raises(ValueError, match="split"):
+        pack(Paragraph(image, "", "dev", "", ""))
+
+
+def test_any_hdf5_program_can_read_a_store(tmp_path):
+    with h5py.File(write(tmp_path / "a.h5"), "r") as file:
+        images = file["images/20x30"]
+        assert images.chunks == (1, 20, 30)
+        assert images.compression == "gzip"
+        assert (images[0] == paragraphs()[0].image).all()
+        assert file["text"].asstr()[0] == paragraphs()[0].text
+
+
+def test_the_same_paragraphs_give_the_same_bytes_at_any_time(tmp_path):
+    first = write(tmp_path / "a.h5").read_bytes()
+    time.sleep(1.1)  # HDF5 keeps times in seconds
+    assert write(tmp_path / "b.h5").read_bytes() == first
+
+
+def test_an_error_while_writing_leaves_nothing_behind(tmp_path):
+    with (
+        pytest.raises(RuntimeError),
+        StoreWriter(tmp_path / "a.h5", fingerprint="abc") as writer,
+    ):
+        writer.add(pack(paragraphs()[0]))
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_that_exists_stays_until_the_new_one_is_whole(tmp_path):
+    path = write(tmp_path / "a.h5", fingerprint="old")
+    with StoreWriter(path, fingerprint="new") as writer:
+        writer.add(pack(paragraphs()[0]))
+        assert Store(path).fingerprint == "old"
+    assert Store(path).fingerprint == "new"
+
+
+def test_two_writers_of_one_path_do_not_collide(tmp_path):
+    path = tmp_path / "a.h5"
+    with StoreWriter(path, fingerprint="abc") as one, StoreWriter(path, fingerprint="abc") as two:
+        for paragraph in paragraphs():
+            one.add(pack(paragraph))
+            two.add(pack(paragraph))
+    assert len(Store(path)) == 9
+    assert [p.name for p in tmp_path.iterdir()] == ["a.h5"]
+
+
+def test_every_truncation_of_a_store_is_refused(tmp_path):
+    whole = write(tmp_path / "a.h5").read_bytes()
+    cut = tmp_path / "cut.h5"
+    for size in np.linspace(0, len(whole) - 1, 40).astype(int):
+        cut.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="Delete it"):
+            Store(cut)
+
+
+def test_a_foreign_file_and_another_version_are_refused(tmp_path):
+    with pytest.raises(UserError, match="has no a.h5"):
+        Store(tmp_path / "a.h5")
+    foreign = tmp_path / "foreign.h5"
+    with h5py.File(foreign, "w") as file:
+        file["data"] = 1
+    with pytest.raises(UserError, match="not a paragraph_ocr store"):
+        Store(foreign)
+    newer = write(tmp_path / "newer.h5")
+    with h5py.File(newer, "a") as file:
+        file.attrs["version"] = 99
+    with pytest.raises(UserError, match="version 99"):
+        Store(newer)
+
+
+@pytest.mark.parametrize("kind", ["external link", "soft link", "external data", "virtual"])
+def test_a_store_never_leads_to_another_file(tmp_path, kind):
+    path, other = write(tmp_path / "a.h5"), write(tmp_path / "other.h5")
+    with h5py.File(path, "a") as file:
+        del file["place"]
+        match kind:
+            case "external link":
+                file["place"] = h5py.ExternalLink(str(other), "/place")
+            case "soft link":
+                file["place"] = h5py.SoftLink("/canvas")
+            case "external data":
+                file.create_dataset("place", (9,), "i4", external=[(str(other), 0, 36)])
+            case "virtual":
+                layout = h5py.VirtualLayout((9,), "i4")
+                layout[:] = h5py.VirtualSource(str(other), "place", (9,))
+                file.create_virtual_dataset("place", layout)
+    with pytest.raises(UserError, match="place"):
+        Store(path)
+
+
+def _sums(store: Store, results) -> None:
+    results.put([int(store.image(row).sum()) for row in (3, 0, 8, 1)])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_workers_read_through_a_store_that_the_parent_has_open(tmp_path, method):
+    store = Store(write(tmp_path / "a.h5"))
+    store.image(0)
+    context = multiprocessing.get_context(method)
+    results = context.Queue()
+    workers = [context.Process(target=_sums, args=(store, results)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    expected = [int(paragraphs()[row].image.sum()) for row in (3, 0, 8, 1)]
+    assert [results.get(timeout=60) for _ in workers] == [expected] * 3
+    for worker in workers:
+        worker.join()
+    assert int(store.image(3).sum()) == expected[0]
+
+
+def test_a_closed_or_copied_store_opens_again(tmp_path):
+    store = Store(write(tmp_path / "a.h5"))
+    store.image(0)
+    copied = pickle.loads(pickle.dumps(store))
+    store.close()
+    for reopened in (store, copied):
+        assert (reopened.image(5) == paragraphs()[5].image).all()
+
+
+def test_a_killed_writer_leaves_nothing_that_looks_like_a_store(tmp_path):
+    program = (
+        "import sys, time; from pathlib import Path; import numpy as np\n"
+        "from paragraph_ocr.data.store import Paragraph, StoreWriter, pack\n"
+        "with StoreWriter(Path(sys.argv[1]), fingerprint='abc') as writer:\n"
+        "    for n in range(10**9):\n"
+        "        writer.add(pack(Paragraph(np.full((20, 30), n % 256, np.uint8), str(n), 'train', '', '')))\n"
+        "        if n == 300: print('going', flush=True)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "a.h5")], stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"going\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list(tmp_path.glob("*.h5")) == []
+    write(tmp_path / "a.h5")
+    assert len(Store(tmp_path / "a.h5")) == 9
