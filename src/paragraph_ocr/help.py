@@ -29,7 +29,9 @@ def show_help(conf: Path) -> None:
     widths = [max(len(row[column]) for row in rows) + 2 for column in (0, 1)]
     for group, choice, meaning in rows:
         say(f"{group:{widths[0]}}{choice:{widths[1]}}{meaning}")
-    say("\nKeys and their values: python train.py --cfg job; what they mean: the comments in conf/.")
+    say(
+        "\nKeys and their values: python train.py --cfg job; what they mean: the comments in conf/."
+    )
 
 
 def groups(conf: Path) -> Iterator[tuple[str, list[Path]]]:

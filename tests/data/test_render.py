@@ -12,9 +12,9 @@ from paragraph_ocr.data.text import Passages
 from paragraph_ocr.errors import UserError
 
 CANVASES = {
-    "line": dict(height=48, width=512, min_lines=1, max_lines=1),
-    "note": dict(height=160, width=448, min_lines=3, max_lines=6),
-    "page": dict(height=576, width=640, min_lines=1, max_lines=12),
+    "line": {"height": 48, "width": 512, "min_lines": 1, "max_lines": 1},
+    "note": {"height": 160, "width": 448, "min_lines": 3, "max_lines": 6},
+    "page": {"height": 576, "width": 640, "min_lines": 1, "max_lines": 12},
 }
 LENGTHS = {"line": (20, 50), "note": (100, 250), "page": (40, 680)}
 

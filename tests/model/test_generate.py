@@ -36,7 +36,7 @@ def test_cached_reading_gives_the_tokens_of_the_plain_loop(make_recognizer, page
                 size = None if sizes is None else sizes[index]
                 assert reading.tokens == slow_greedy(recognizer, pages[index], size, 40)
                 lengths.add(len(reading.tokens))
-    assert len(lengths) > 2, "the rows should end at different steps"
+    assert len(lengths) > 1, "the rows should end at different steps"
 
 
 def test_a_page_is_read_alone_as_in_a_batch(make_recognizer, pages):

@@ -10,13 +10,17 @@ from torch import Tensor, nn
 _COARSE_PX, _FINE_PX = 96, 24
 """Distance of the control points of the two elastic displacements."""
 
+_INK = 0.25
+"""Share of full ink above which a pixel belongs to the writing, not to the paper's texture."""
+
 
 class Augment(nn.Module):
     """Pages as another pen, hand, paper and scanner would give them.
 
     Strengths in pixels, degrees and shares; `conf/regularization/standard.yaml` says which. Each page
-    draws its own between none and the full strength, from torch's global generator. All zero: the
-    input itself is returned.
+    draws its own between none and the full strength, from torch's global generator. Ink stays on the
+    page: where it would leave, the page is moved less and shrunk more. All zero: the input itself is
+    returned.
     """
 
     def __init__(
@@ -70,21 +74,21 @@ class Augment(nn.Module):
             return strength * (2 * _uniform(pages)[:, 0, 0, 0] - 1)
 
         angle, shear = either_way(self.rotation), either_way(self.shear).tan()
-        size = 1 + either_way(self.scale)
-        cos, sin = angle.cos() / size, angle.sin() / size
-        ratio = height / width
-        right = either_way(self.translation_px) * 2 / width
-        down = either_way(self.translation_px) * 2 / height
-        rows = [cos, (shear * cos - sin) * ratio, right, sin / ratio, shear * sin + cos, down]
-        affine = torch.stack(rows, dim=1).view(batch, 2, 3)
+        cos, sin = angle.cos(), angle.sin()
+        back = torch.stack([cos, shear * cos - sin, sin, shear * sin + cos], dim=1).view(-1, 2, 2)
+        back = back / (1 + either_way(self.scale)).view(-1, 1, 1)  # from page to source, in pixels
+        shift = torch.stack([either_way(self.translation_px) for _ in range(2)], dim=1)
+        back, shift = _keep_ink(pages, back, shift, reach=1 + self.elastic_px)
+
+        half = torch.tensor([width / 2, height / 2], device=pages.device)
+        offset = -(back @ shift.unsqueeze(2))
+        affine = torch.cat([back * half, offset], dim=2) / half.view(1, 2, 1)
         grid = F.affine_grid(affine, [batch, 1, height, width], align_corners=False)
         if self.elastic_px:
             strength = self.elastic_px * _uniform(pages)
-            shape = (batch, 2, height, width)
             moved = _field(pages, _COARSE_PX, 2) + 0.3 * _field(pages, _FINE_PX, 2)
-            assert moved.shape == shape
-            to_unit = torch.tensor([2 / width, 2 / height], device=pages.device)
-            grid = grid + (strength * moved).permute(0, 2, 3, 1) * to_unit
+            moved = strength * moved.clamp(-1, 1)
+            grid = grid + moved.permute(0, 2, 3, 1) / half
         return grid
 
     def _pen(self, pages: Float[Tensor, "B 1 H W"]) -> Float[Tensor, "B 1 H W"]:
@@ -95,6 +99,37 @@ class Augment(nn.Module):
         amount = 0.5 * self.pen_px / reach * _uniform(pages)
         broader = _uniform(pages) < 0.5
         return torch.where(broader, _mix(pages, broad, amount), _mix(pages, fine, amount))
+
+
+def _keep_ink(
+    pages: Float[Tensor, "B 1 H W"],
+    back: Float[Tensor, "B 2 2"],
+    shift: Float[Tensor, "B 2"],
+    *,
+    reach: float,
+) -> tuple[Float[Tensor, "B 2 2"], Float[Tensor, "B 2"]]:
+    """Return the map, shrunk and shifted where it would carry ink off the page.
+
+    A transcription must stay true to its image. `back` leads from page to source about the centre,
+    `shift` moves the page, both in pixels; `reach` is how far anything else may move ink.
+    """
+    height, width = pages.shape[2:]
+    ink = pages[:, 0] > _INK
+    bounds = []
+    for along, length in ((ink.any(dim=1), width), (ink.any(dim=2), height)):
+        places = torch.arange(length, device=pages.device) + 0.5 - length / 2
+        inside = torch.where(along, places, places.new_tensor(0.0))
+        bounds += [inside.amin(dim=1) - reach, inside.amax(dim=1) + reach]
+    left, right, top, bottom = bounds
+    corners = torch.stack(
+        [torch.stack([x, y], dim=1) for x in (left, right) for y in (top, bottom)], dim=2
+    )
+    placed = torch.linalg.inv(back) @ corners
+    low, high = placed.amin(dim=2), placed.amax(dim=2)
+    room = torch.tensor([width, height], device=pages.device) - 2.0
+    size = (room / (high - low)).amin(dim=1, keepdim=True).clamp(max=1)
+    low, high = low * size, high * size
+    return back / size.unsqueeze(2), torch.clamp(shift, -room / 2 - low, room / 2 - high)
 
 
 def _uniform(pages: Tensor) -> Tensor:

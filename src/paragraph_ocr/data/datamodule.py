@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 from paragraph_ocr.data.corpus import Corpus
 from paragraph_ocr.data.dataset import Item, ParagraphDataset, collate
@@ -17,21 +18,49 @@ from paragraph_ocr.errors import UserError
 from paragraph_ocr.vocabulary import Vocabulary
 
 
-class ShuffledRows(Sampler[int]):
-    """All positions in an order that depends on the seed and the epoch alone."""
+class Order(DistributedSampler[int]):
+    """One process's share of the positions 0 to `length`, in an order that seed and epoch decide.
 
-    def __init__(self, length: int, *, seed: int) -> None:
-        self.length, self.seed, self.epoch = length, seed, 0
+    By type a DistributedSampler, because Lightning would wrap any other in one that keeps the order
+    of the first epoch.
 
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before each epoch."""
-        self.epoch = epoch
+    Args:
+        seed: None keeps positions in order.
+        even: repeat a few positions, so that every process gets as many (training needs that, and a
+            score must not have it).
+        start: epoch, and positions of this process that are done in it: where a resumed run goes on.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        seed: int | None,
+        rank: int = 0,
+        world_size: int = 1,
+        even: bool = False,
+        start: tuple[int, int] = (0, 0),
+    ) -> None:
+        self.length, self.order_seed = length, seed
+        self.rank, self.num_replicas, self.even = rank, world_size, even
+        self.start = start
+        self.epoch = start[0]  # the first iterator is made before Lightning calls `set_epoch`
 
     def __len__(self) -> int:
-        return self.length
+        return len(range(self.rank, self._total(), self.num_replicas))
 
     def __iter__(self) -> Iterator[int]:
-        yield from np.random.default_rng([self.seed, self.epoch]).permutation(self.length).tolist()
+        order = np.arange(self.length)
+        if self.order_seed is not None:
+            order = np.random.default_rng([self.order_seed, self.epoch]).permutation(self.length)
+        mine = np.resize(order, self._total())[self.rank :: self.num_replicas]
+        done = self.start[1] if self.epoch == self.start[0] else 0
+        return iter(mine[done:].tolist())
+
+    def _total(self) -> int:
+        if not self.even:
+            return self.length
+        return -(-self.length // self.num_replicas) * self.num_replicas
 
 
 class ParagraphDataModule(pl.LightningDataModule):
@@ -64,6 +93,7 @@ class ParagraphDataModule(pl.LightningDataModule):
         self.max_length, self.overfit_batches, self.seed = max_length, overfit_batches, seed
         self._progress = progress
         self._datasets: dict[str, ParagraphDataset] = {}
+        self._start = (0, 0)  # epoch, batches done in it
 
     def prepare_data(self) -> None:
         """Make the store, on all cores, unless it is there."""
@@ -101,19 +131,36 @@ class ParagraphDataModule(pl.LightningDataModule):
         return max(1, round(self.overfit_batches * batches))
 
     def train_dataloader(self) -> DataLoader[Item]:
-        dataset = self._datasets["train"]
-        if self.overfit_batches:
-            return self._loader("train", None)
-        return self._loader("train", ShuffledRows(len(dataset), seed=self.seed))
+        return self._loader("train", seed=None if self.overfit_batches else self.seed)
 
     def val_dataloader(self) -> DataLoader[Item]:
-        return self._loader("val", None)
+        return self._loader("val", seed=None)
 
     def test_dataloader(self) -> DataLoader[Item]:
-        return self._loader("test", None)
+        return self._loader("test", seed=None)
 
-    def _loader(self, split: str, sampler: Sampler[int] | None) -> DataLoader[Item]:
+    def state_dict(self) -> dict[str, int]:
+        """Return where in its order the training stands; Lightning keeps it in checkpoints."""
+        assert self.trainer is not None
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        epoch, batch = divmod(done, max(1, int(self.trainer.num_training_batches)))
+        return {"epoch": epoch, "batch": batch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._start = state_dict["epoch"], state_dict["batch"]
+
+    def _loader(self, split: str, *, seed: int | None) -> DataLoader[Item]:
         dataset = self._datasets[split]
+        sampler = Order(
+            len(dataset),
+            seed=seed,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
+            even=split == "train",
+            start=(self._start[0], self._start[1] * self.batch_size)
+            if split == "train"
+            else (0, 0),
+        )
         # starting workers takes longer than reading a few batches does
         workers = 0 if len(dataset) <= 4 * self.batch_size else self.num_workers
         return DataLoader(

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import cv2
@@ -160,10 +161,7 @@ def _wrap(
         longest = int(np.argmax(np.diff(bounds)))
         chosen = sorted([*chosen, (bounds[longest] + bounds[longest + 1]) // 2])
     bounds = [*chosen, len(advances)]
-    widths = [
-        ends[b - 1] - (ends[a - 1] if a else -indent)
-        for a, b in zip(bounds, bounds[1:], strict=False)
-    ]
+    widths = [ends[b - 1] - (ends[a - 1] if a else -indent) for a, b in pairwise(bounds)]
     return chosen, float(max(widths)) - space
 
 

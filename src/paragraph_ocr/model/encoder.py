@@ -80,7 +80,7 @@ class Encoder(nn.Module):
         self.in_channels = in_channels
         self.frozen = freeze
         if horizontal_stride is not None:
-            _narrow_columns(self.net, name, own, horizontal_stride)
+            _narrow_columns(self.net, name, own, horizontal_stride, in_channels)
         self.requires_grad_(not freeze)
         self.train()
         self._true_sizes: tuple[Tensor, tuple[int, int]] | None = None
@@ -211,7 +211,7 @@ def _quick_hub(*, needed: bool) -> Iterator[None]:
         hub.HF_HUB_OFFLINE = before
 
 
-def _narrow_columns(net: nn.Module, name: str, own: int, wanted: int) -> None:
+def _narrow_columns(net: nn.Module, name: str, own: int, wanted: int, in_channels: int) -> None:
     """Take the stride out of the width of every layer whose input is `wanted` pixels a column.
 
     Raises:
@@ -232,7 +232,7 @@ def _narrow_columns(net: nn.Module, name: str, own: int, wanted: int) -> None:
 
     layers = [m for m in net.modules() if _width_stride(m) == 2]
     hooks = [layer.register_forward_pre_hook(record) for layer in layers]
-    grid = _grid(net, width)
+    grid = _grid(net, width, in_channels)
     for hook in hooks:
         hook.remove()
     for layer, layer_width in strided:
@@ -240,7 +240,7 @@ def _narrow_columns(net: nn.Module, name: str, own: int, wanted: int) -> None:
             layer.stride = (2, 1)
             if isinstance(layer, nn.AvgPool2d):
                 layer.kernel_size = (layer.kernel_size, 1)
-    if _grid(net, width) != (grid[0], width // wanted):
+    if _grid(net, width, in_channels) != (grid[0], width // wanted):
         raise UserError(
             f"model.encoder.horizontal_stride={wanted} cannot be had of {name}. "
             "Pass model.encoder.horizontal_stride=null, or another encoder such as resnet18."
@@ -254,9 +254,8 @@ def _width_stride(module: nn.Module) -> int | None:
     return stride[-1] if isinstance(stride, tuple) else stride
 
 
-def _grid(net: nn.Module, size: int) -> tuple[int, int]:
+def _grid(net: nn.Module, size: int, channels: int) -> tuple[int, int]:
     """Return the feature grid of a square canvas, leaving BatchNorm's statistics as they are."""
-    channels = next(m for m in net.modules() if isinstance(m, nn.Conv2d)).in_channels
     training = net.training
     net.eval()
     with torch.no_grad():
