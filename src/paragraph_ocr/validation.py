@@ -250,12 +250,14 @@ def _check_combinations(experiment: Experiment) -> None:
     """Check what must go together."""
     decoder, data, trainer = experiment.model.decoder, experiment.datamodule, experiment.trainer
     if decoder.width % decoder.heads:
+        wider = decoder.heads * (decoder.width // decoder.heads + 1)
         raise UserError(
             f"model.decoder.width={decoder.width} is not divisible by model.decoder.heads="
-            f"{decoder.heads}. Pass model.decoder.width={decoder.heads * (decoder.width // decoder.heads + 1)}"
+            f"{decoder.heads}. Pass model.decoder.width={wider}"
             " or another number of heads."
         )
     if decoder.width % 4:
+        wider = decoder.heads * (decoder.width // decoder.heads + 1)
         raise UserError(
             f"model.decoder.width={decoder.width} is not divisible by 4, which 2-D sine positions "
             f"need. Pass model.decoder.width={decoder.width + 4 - decoder.width % 4}."
