@@ -29,7 +29,7 @@ def train(composed: DictConfig) -> float:
     from paragraph_ocr.run import run
 
     outcome = run(experiment, overrides=list(HydraConfig.get().overrides.task))
-    return outcome.metrics["val/cer"]
+    return outcome.metrics.get("val/cer", float("nan"))
 
 
 def main() -> int:

@@ -76,6 +76,9 @@ def run(experiment: Experiment, *, overrides: Sequence[str]) -> Outcome:
         trainer = build.build_trainer(experiment, folder=folder, logger=logger, callbacks=callbacks)
         trainer.fit(learner, datamodule=datamodule)
         metrics = _metrics(trainer)
+        if "val/cer" not in metrics:  # max_steps or max_time ended it inside the first epoch
+            trainer.validate(learner, datamodule=datamodule, verbose=False)
+            metrics |= _metrics(trainer)
         if keep.best_path.exists() and not trainer.fast_dev_run:
             build.load_weights(recognizer, keep.best_path)
             trainer.test(learner, datamodule=datamodule, verbose=False)

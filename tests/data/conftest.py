@@ -26,7 +26,7 @@ def notes() -> SyntheticCorpus:
         min_characters=100,
         mean_characters=150,
         max_characters=250,
-        num_train=300,
+        num_train=200,
         num_val=20,
         num_test=20,
         fonts=None,

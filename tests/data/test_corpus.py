@@ -72,7 +72,7 @@ def test_other_text_or_fonts_in_the_same_folder_change_the_path(few_notes, tmp_p
 
 
 def test_splits_have_the_promised_sizes_and_the_mean_length_is_kept(store, notes):
-    assert [len(store.rows(s)) for s in ("train", "val", "test")] == [300, 20, 20]
+    assert [len(store.rows(s)) for s in ("train", "val", "test")] == [200, 20, 20]
     lengths = [len(text) for text in store.texts]
     assert min(lengths) >= 100
     assert max(lengths) <= 250

@@ -1,0 +1,176 @@
+"""What Lightning gets: every paragraph once an epoch, in an order that a resumed run takes up."""
+
+from dataclasses import replace
+from itertools import chain
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from paragraph_ocr.data.datamodule import Order, ParagraphDataModule
+from paragraph_ocr.errors import UserError
+from paragraph_ocr.vocabulary import Vocabulary
+
+BATCH = 5
+
+
+@pytest.fixture(scope="module")
+def root(noise, tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    noise.prepare(root, num_workers=0)
+    return root
+
+
+@pytest.fixture
+def make(noise, root, vocabulary):
+    """Return a function that makes a data module ready for use."""
+
+    def make(*, setup=True, **changes):
+        settings = {"batch_size": BATCH, "num_workers": 0, "max_length": 64, "seed": 3} | changes
+        module = ParagraphDataModule(noise, root=root, vocabulary=vocabulary, **settings)
+        if setup:
+            module.prepare_data()
+            module.setup("fit")
+        return module
+
+    return make
+
+
+def rows(loader) -> list[list[int]]:
+    return [batch.rows.tolist() for batch in loader]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_every_paragraph_comes_once_and_the_last_batch_is_kept(make, num_workers):
+    module = make(num_workers=num_workers)
+    batches = rows(module.train_dataloader())
+    assert [len(batch) for batch in batches] == [5, 5, 5, 5, 3]
+    assert sorted(chain(*batches)) == list(range(23))
+    assert [*chain(*rows(module.val_dataloader()))] == list(range(23, 29))
+    assert [*chain(*rows(module.test_dataloader()))] == list(range(29, 35))
+
+
+def test_the_order_depends_on_seed_and_epoch_alone(make):
+    def order(seed, epoch, num_workers=0):
+        loader = make(seed=seed, num_workers=num_workers).train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        torch.rand(7)  # other random numbers do not matter
+        return rows(loader)
+
+    first = order(3, 0)
+    assert first == order(3, 0) == order(3, 0, num_workers=2)
+    assert first != order(3, 1)
+    assert first != order(4, 0)
+    assert order(3, 1) == order(3, 1)
+
+
+def test_loading_takes_nothing_from_the_global_random_numbers(make):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    rows(make(num_workers=2).train_dataloader())
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    ("overfit", "num_batches"), [(1, 1), (2, 2), (99, 5), (1.0, 5), (0.5, 2), (0.01, 1)]
+)
+def test_overfitting_trains_and_scores_the_same_batches_in_order(make, overfit, num_batches):
+    module = make(overfit_batches=overfit)
+    train = rows(module.train_dataloader())
+    assert len(train) == num_batches
+    assert [*chain(*train)] == list(range(min(23, num_batches * BATCH)))
+    assert train == rows(module.val_dataloader()) == rows(module.test_dataloader())
+    assert "same" in repr(module)
+
+
+def test_a_short_max_length_is_the_users_to_mend(make):
+    longest = max(map(len, make()._datasets["train"].store.texts)) + 2
+    make(max_length=longest)
+    with pytest.raises(UserError, match=rf"^datamodule.max_length={longest - 1} .*={longest} or"):
+        make(max_length=longest - 1)
+
+
+def test_a_vocabulary_that_lacks_a_character_is_the_users_to_mend(make, noise):
+    with pytest.raises(UserError, match=r"^vocabulary.characters lacks 'Q'"):
+        module = make(setup=False)
+        module.vocabulary = Vocabulary(noise.characters.replace("Q", ""))
+        module.setup()
+
+
+def test_a_description_says_counts_size_and_lengths(make, noise):
+    assert "not set up" in repr(make(setup=False))
+    described = repr(make())
+    for part in ("23 train", "6 val", "6 test", "32x48", "characters"):
+        assert part in described
+
+
+@pytest.mark.parametrize("length", [1, 7, 12])
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_processes_share_the_positions_between_them(length, world_size):
+    for seed in (None, 0):
+        shares = [
+            Order(length, seed=seed, rank=rank, world_size=world_size) for rank in range(world_size)
+        ]
+        assert sorted(chain(*shares)) == list(range(length))
+        even = [
+            Order(length, seed=seed, rank=rank, world_size=world_size, even=True)
+            for rank in range(world_size)
+        ]
+        assert len({len(share) for share in even}) == 1
+        assert {position for share in even for position in share} == set(range(length))
+        for share in (*shares, *even):
+            assert len(list(share)) == len(share)
+
+
+class Recorder(pl.LightningModule):
+    """Learns nothing; keeps the rows that it was trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.seen: list[list[int]] = []
+
+    def training_step(self, batch, index):
+        self.seen.append(batch.rows.tolist())
+        return self.layer(torch.ones(1, 1)).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+def train(module, *, steps, resume=None, folder=None) -> list[list[int]]:
+    recorder = Recorder()
+    callbacks = []
+    if folder is not None:
+        callbacks = [
+            pl.callbacks.ModelCheckpoint(
+                dirpath=folder, every_n_train_steps=1, save_top_k=-1, filename="{step}"
+            )
+        ]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        callbacks=callbacks,
+        enable_checkpointing=bool(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(recorder, datamodule=module, ckpt_path=resume, weights_only=True)
+    return recorder.seen
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_run_goes_on_with_the_very_batch_that_was_next(make, tmp_path, num_workers):
+    whole = train(make(num_workers=num_workers), steps=14, folder=tmp_path)
+    assert whole[:5] != whole[5:10]
+    for step in (2, 4, 5, 6, 9, 10, 12) if num_workers == 0 else (5, 7):
+        checkpoint = tmp_path / f"step={step}.ckpt"
+        resumed = train(make(num_workers=num_workers), steps=14, resume=checkpoint)
+        assert resumed == whole[step:], step
+
+
+def test_another_seed_of_the_data_is_another_store(noise, root, vocabulary):
+    assert noise.prepare(root, num_workers=0) != replace(noise, seed=1).prepare(root, num_workers=0)
