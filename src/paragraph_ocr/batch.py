@@ -1,7 +1,6 @@
 """Batch: the only type that data and model share."""
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Int, UInt8
@@ -27,12 +26,12 @@ class Batch:
     def __len__(self) -> int:
         return self.images.shape[0]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Self:
+    def pin_memory(self) -> "Batch":
         return self._map(Tensor.pin_memory)
 
-    def _map(self, function) -> Self:
+    def _map(self, function) -> "Batch":
         sizes = None if self.sizes is None else function(self.sizes)
         return type(self)(function(self.images), function(self.tokens), sizes, function(self.rows))

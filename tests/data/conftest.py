@@ -39,7 +39,7 @@ def notes() -> SyntheticCorpus:
 
 @pytest.fixture(scope="session")
 def few_notes(notes) -> SyntheticCorpus:
-    return replace(notes, num_train=40, num_val=4, num_test=4)
+    return replace(notes, num_train=24, num_val=4, num_test=4)
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def test_a_store_gives_back_what_was_written(tmp_path):
         assert store.sources[row] == paragraph.source
         assert store.writers[row] == paragraph.writer
         assert tuple(store.sizes[row]) == paragraph.image.shape == store.canvas(row)
-    assert store.rows("val").tolist() == [1, 4, 7]
+    assert store.rows("val") == [1, 4, 7]
 
 
 def test_images_are_padded_with_paper_to_a_canvas_and_keep_their_true_size(tmp_path):

@@ -1,14 +1,9 @@
 """GeneratedCorpus: paragraphs made to measure, each from a random generator of its own."""
 
-import os
-import signal
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,14 +11,13 @@ import numpy as np
 
 from paragraph_ocr.data.corpus import Progress, is_prepared, store_path, write_store
 from paragraph_ocr.data.paragraph import SPLITS, Paragraph
+from paragraph_ocr.data.parallel import in_order
 from paragraph_ocr.data.store import PackedParagraph, pack
 from paragraph_ocr.errors import UserError
 
 Maker = Callable[[np.random.Generator, str], Paragraph]
 """Makes a paragraph of a split; all that is random comes from the generator."""
 
-_BLOCK = 2048  # paragraphs on their way at once: what workers may be ahead of the disk
-_CHUNK = 16  # paragraphs that a worker takes at a time
 _ATTEMPTS = 100  # to make a text that is not in the store yet
 
 
@@ -106,18 +100,13 @@ class GeneratedCorpus(ABC):
             for split, count in zip(SPLITS, counts, strict=True)
             for index in range(count)
         ]
-        make = self.maker()
-        made = (
-            _spread(self, places, num_workers)
-            if num_workers > 1 and len(places) > _CHUNK
-            else (_make(self, make, place) for place in places)
-        )
+        made = in_order(partial(_make, self), places, num_workers=num_workers)
         seen: set[str] = set()
         for place, paragraph in zip(places, made, strict=True):
             for attempt in range(1, _ATTEMPTS):
                 if paragraph.text not in seen:
                     break
-                paragraph = _make(self, make, place._replace(attempt=attempt))
+                paragraph = _make(self, place._replace(attempt=attempt))
             else:
                 raise UserError(
                     f"datamodule.num_{place.split}={getattr(self, f'num_{place.split}')} is more than "
@@ -127,45 +116,11 @@ class GeneratedCorpus(ABC):
             yield paragraph
 
 
-def _make(corpus: GeneratedCorpus, make: Maker, place: Place) -> PackedParagraph:
+def _make(corpus: GeneratedCorpus, place: Place) -> PackedParagraph:
     key = [corpus.seed, SPLITS.index(place.split), place.index, place.attempt]
-    return pack(make(np.random.default_rng(key), place.split))
+    return pack(_maker(corpus)(np.random.default_rng(key), place.split))
 
 
-def _spread(
-    corpus: GeneratedCorpus, places: list[Place], num_workers: int
-) -> Iterator[PackedParagraph]:
-    """Yield the paragraphs in order, made by spawned processes."""
-    pool = ProcessPoolExecutor(
-        min(num_workers, len(places) // _CHUNK), get_context("spawn"), _start_worker
-    )
-    try:
-        for start in range(0, len(places), _BLOCK):
-            block = places[start : start + _BLOCK]
-            yield from pool.map(partial(_make_in_worker, corpus), block, chunksize=_CHUNK)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=1)  # faces and text are read once a process
 def _maker(corpus: GeneratedCorpus) -> Maker:
     return corpus.maker()
-
-
-def _make_in_worker(corpus: GeneratedCorpus, place: Place) -> PackedParagraph:
-    return _make(corpus, _maker(corpus), place)
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end when it ends, be it killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import cv2
-
-    cv2.setNumThreads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    if (parent := parent_process()) is not None:
-        parent.join()
-        os._exit(1)

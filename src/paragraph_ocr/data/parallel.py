@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -20,10 +19,10 @@ _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 def in_order(work: Callable[[T], R], items: Sequence[T], *, num_workers: int) -> Iterator[R]:
     """Yield work(item) for each item, in order, a few tasks ahead of the consumer.
 
-    0 workers, or a single chunk of items: in this process. Otherwise `work` must be picklable. When
-    the consumer stops, fails or is interrupted, the workers end after the items in hand.
+    Fewer than 2 workers, or a single chunk of items: in this process. Otherwise `work` must be
+    picklable. When the consumer stops or fails, the workers end after the items in hand.
     """
-    if num_workers == 0 or len(items) <= _CHUNK:
+    if num_workers < 2 or len(items) <= _CHUNK:
         yield from map(work, items)
         return
     chunks = [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
@@ -46,13 +45,11 @@ def _work_through(work: Callable[[T], R], chunk: Sequence[T]) -> list[R]:
 
 
 def _begin() -> None:
-    """Prepare a worker: one thread, no warnings (the parent has given them), deaf to Ctrl-C (the
-    parent acts on it), gone with the parent."""
+    """Prepare a worker: one thread, deaf to Ctrl-C (the parent acts on it), gone with the parent."""
     os.environ.update(dict.fromkeys(_THREADS, "1"))  # before NumPy is imported
     import cv2
 
     cv2.setNumThreads(1)
-    warnings.simplefilter("ignore")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

