@@ -142,8 +142,8 @@ class ParagraphDataModule(pl.LightningDataModule):
     def state_dict(self) -> dict[str, int]:
         """Return where in its order the training stands; Lightning keeps it in checkpoints."""
         assert self.trainer is not None
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        epoch, batch = divmod(done, max(1, int(self.trainer.num_training_batches)))
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.total.state_dict()
+        epoch, batch = divmod(progress["processed"], max(1, int(self.trainer.num_training_batches)))
         return {"epoch": epoch, "batch": batch}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:

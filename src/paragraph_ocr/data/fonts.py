@@ -184,6 +184,6 @@ def _open(path: Path, size_px: int, weight: int | None) -> ImageFont.FreeTypeFon
     if weight is not None:
         axes = font.get_variation_axes()
         font.set_variation_by_axes(
-            [weight if a["name"] in (b"Weight", "Weight") else a["default"] for a in axes]
+            [weight if a["name"] in (b"Weight", "Weight") else a["default"] or 0 for a in axes]
         )
     return font

@@ -272,8 +272,8 @@ def _warp(
     xs, ys, along_x, along_y = _spline(height, width)
     points = np.stack(np.meshgrid(xs, ys), axis=-1) - shift  # (rows, columns, xy)
     control = points @ backward.T + generator.uniform(-wander_px, wander_px, size=points.shape)
-    to_sheet = [along_y @ control[..., axis].astype(np.float32) @ along_x for axis in (0, 1)]
-    image = cv2.remap(sheet, *to_sheet, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+    x, y = (along_y @ control[..., axis].astype(np.float32) @ along_x for axis in (0, 1))
+    image = cv2.remap(sheet, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
     canvas = placed * scale + shift
     boxes = np.concatenate([np.floor(canvas.min(axis=1)), np.ceil(canvas.max(axis=1))], axis=1)
     return image, boxes.astype(int)
@@ -304,7 +304,7 @@ def _ink(image: np.ndarray, *, size_px: int, generator: np.random.Generator) -> 
     strongest = generator.uniform(150, 255)
     blurred = cv2.GaussianBlur(image, (5, 5), blur_px)
     # hairlines of a small face are grey all over: thresholds count from what its strokes reach
-    counts = cv2.calcHist([blurred], [0], None, [256], [0, 256])[:, 0] * _LEVELS
+    counts = cv2.calcHist([blurred], [0], None, [256], [0, 256]).ravel() * _LEVELS
     reached = min(1.0, 1.2 * float(counts @ _LEVELS) / max(1.0, float(counts.sum())))
     levels = np.clip((_LEVELS / reached - threshold) * contrast, 0, 1) * strongest
     return cv2.LUT(blurred, levels.astype(np.uint8))

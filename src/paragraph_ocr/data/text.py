@@ -131,13 +131,13 @@ def split_documents(documents: Sequence[Document], characters: str) -> dict[str,
     if len(words) >= len(SPLITS):
         num_val, num_test = (max(1, round(share * len(words))) for share in SHARES[1:])
         parts = list(words.values())
-        dealt = (parts[num_val + num_test :], parts[:num_val], parts[num_val : num_val + num_test])
+        dealt = [parts[num_val + num_test :], parts[:num_val], parts[num_val : num_val + num_test]]
     else:
         cuts = np.cumsum((0.0, *SHARES))
-        dealt = tuple(
+        dealt = [
             [part[int(start * len(part)) : int(end * len(part))] for part in words.values()]
             for start, end in pairwise(cuts)
-        )
+        ]
     splits = {
         s: [w for part in parts for w in part] for s, parts in zip(SPLITS, dealt, strict=True)
     }
@@ -251,4 +251,4 @@ def _plain(character: str, known: set[str]) -> str:
 
 
 def _pick(generator: np.random.Generator, choices: Sequence[str]) -> str:
-    return choices[generator.integers(len(choices))]
+    return choices[int(generator.integers(len(choices)))]
