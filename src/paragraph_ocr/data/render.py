@@ -272,7 +272,8 @@ def _warp(
     xs, ys, along_x, along_y = _spline(height, width)
     points = np.stack(np.meshgrid(xs, ys), axis=-1) - shift  # (rows, columns, xy)
     control = points @ backward.T + generator.uniform(-wander_px, wander_px, size=points.shape)
-    x, y = (along_y @ control[..., axis].astype(np.float32) @ along_x for axis in (0, 1))
+    # summed in float64: the order of a sum, which depends on BLAS's threads, moves no float32
+    x, y = ((along_y @ control[..., axis] @ along_x).astype(np.float32) for axis in (0, 1))
     image = cv2.remap(sheet, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
     canvas = placed * scale + shift
     boxes = np.concatenate([np.floor(canvas.min(axis=1)), np.ceil(canvas.max(axis=1))], axis=1)
@@ -293,7 +294,7 @@ def _axis(length: int) -> tuple[np.ndarray, np.ndarray]:
     weights = np.where(
         far < 1, 2 / 3 - far**2 + far**3 / 2, np.where(far < 2, (2 - far) ** 3 / 6, 0.0)
     )  # the cubic B-spline
-    return places, weights.astype(np.float32)
+    return places, weights
 
 
 def _ink(image: np.ndarray, *, size_px: int, generator: np.random.Generator) -> np.ndarray:
