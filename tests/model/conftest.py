@@ -29,10 +29,13 @@ def make_recognizer():
             tied=tied,
             max_length=64,
         )
-        # sharper logits and a fair chance to end, so that rows end raggedly
-        decoder.embedding.weight.data *= 1.5
-        decoder.positions *= 6
-        return Recognizer(encoder, decoder, special=SPECIAL).eval()
+        recognizer = Recognizer(encoder, decoder, special=SPECIAL).eval()
+        # large weights, so that what is written depends on the page and rows end raggedly
+        for parameter in decoder.layers.parameters():
+            if parameter.ndim == 2:
+                parameter.data *= 3
+        recognizer.project.weight.data *= 30
+        return recognizer
 
     return make
 

@@ -53,18 +53,19 @@ def test_the_reference_encoder_is_torchvisions_resnet18():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "test_resnet", "resnet10t", "resnet50d"])
-@pytest.mark.parametrize("size", [(61, 77), (64, 96)])
-def test_padding_of_the_canvas_is_invisible_to_the_features(name, size):
+@pytest.mark.parametrize("canvas_size", [(128, 192), (107, 150)])
+@pytest.mark.parametrize("size", [(65, 77), (64, 96)])
+def test_padding_of_the_canvas_is_invisible_to_the_features(name, size, canvas_size):
     torch.manual_seed(0)
     height, width = size
-    encoder = Encoder(name, stage=3).eval()
+    encoder = Encoder(name, stage=4).eval()
     page = torch.randint(0, 256, (1, 1, height, width), dtype=torch.uint8)
-    canvas = torch.full((1, 1, 128, 192), 99, dtype=torch.uint8)  # no clean paper at all
+    canvas = torch.full((1, 1, *canvas_size), 99, dtype=torch.uint8)  # no clean paper at all
     canvas[:, :, :height, :width] = page
     alone, padded = encoder(page), encoder(canvas, torch.tensor([size]))
     rows, columns = encoder.grid(height, width)
     torch.testing.assert_close(alone, padded[:, :, :rows, :columns], atol=1e-5, rtol=0)
-    mask = encoder.cells(torch.tensor([size]), (8, 12))
+    mask = encoder.cells(torch.tensor([size]), encoder.grid(*canvas_size))
     assert mask.sum() == rows * columns
     assert mask[0, 0, :rows, :columns].all()
 
@@ -89,10 +90,20 @@ def test_an_encoder_that_is_not_frozen_moves_its_statistics(page):
     [
         ({"name": "resnt50", "stage": 3}, "nearest: resnet50"),
         ({"name": "resnet18", "stage": 9}, "model.encoder.stage=9"),
+        ({"name": "resnet18", "stage": -1}, "one of 0, 1, 2, 3, 4"),
+        ({"name": "tresnet_m", "stage": 0}, "one of 1, 2, 3, 4"),
         ({"name": "resnet18", "stage": 3, "horizontal_stride": 5}, "horizontal_stride=5"),
         ({"name": "resnet18", "stage": 3, "horizontal_stride": 32}, "horizontal_stride=32"),
         ({"name": "tresnet_m", "stage": 3, "horizontal_stride": 2}, "cannot be had"),
+        (
+            {"name": "vit_small_resnet26d_224", "stage": 4, "horizontal_stride": 8},
+            "cannot be had",
+        ),
         ({"name": "resnet18", "stage": 3, "extra": {"colour": "red"}}, "model.encoder.extra"),
+        (
+            {"name": "resnet18", "stage": 3, "pretrained": True, "extra": {"colour": "red"}},
+            "model.encoder.extra",
+        ),
         (
             {
                 "name": "resnet18",
@@ -134,8 +145,11 @@ def test_weights_from_a_local_file_are_loaded(tmp_path):
         pretrained=True,
         extra={"pretrained_cfg_overlay": {"file": str(tmp_path / "weights.pth")}},
     )
-    loaded = encoder.net.state_dict()
-    assert all(torch.equal(loaded[name], source.state_dict()[name]) for name in loaded)
+    assert torch.equal(encoder.net.conv1[0].weight, source.conv1[0].weight)
+
+
+def test_an_encoder_that_pools_the_page_takes_any_canvas():
+    Encoder("skresnet18", stage=3, horizontal_stride=8).check_canvas(96, 160)
 
 
 def test_an_encoder_for_one_size_of_page_says_so():

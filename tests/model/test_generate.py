@@ -9,34 +9,36 @@ from paragraph_ocr.model.generate import Beam, Greedy, SpecialTokens, generate
 SPECIAL = SpecialTokens(start=1, end=2, pad=3)
 
 
-def slow_greedy(recognizer, page, size, max_length):
+def slow_greedy(decoder, memory, mask, max_length):
     """Return the tokens of one page, decoding the whole prefix again for every token."""
-    memory = recognizer.encode(page[None], None if size is None else size[None])
     tokens = [SPECIAL.start]
     while len(tokens) < max_length:
-        logits = recognizer.decoder(torch.tensor([tokens]), memory.states, memory.mask)
+        logits = decoder(torch.tensor([tokens]), memory, mask)
         tokens.append(int(logits[0, -1].argmax()))
         if tokens[-1] == SPECIAL.end:
             break
     return [token for token in tokens[1:] if token != SPECIAL.end]
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_cached_reading_gives_the_tokens_of_the_plain_loop(make_recognizer, pages, norm, masked):
+def test_cached_reading_gives_the_tokens_of_the_plain_loop(make_recognizer, norm, masked):
     lengths = set()
     for seed in range(4):
-        recognizer = make_recognizer(seed=seed, norm=norm, tied=seed % 2 == 0)
-        recognizer.decoder.bias.data[SPECIAL.end] = 1.0 + seed  # ragged ends
-        sizes = torch.tensor([[48, 80], [30, 80], [48, 41], [20, 20], [48, 64], [33, 77]])
-        sizes = sizes if masked else None
-        with torch.no_grad():
-            readings = recognizer.read(pages, sizes, decoding=Greedy(), max_length=40)
-            for index, reading in enumerate(readings):
-                size = None if sizes is None else sizes[index]
-                assert reading.tokens == slow_greedy(recognizer, pages[index], size, 40)
-                lengths.add(len(reading.tokens))
-    assert len(lengths) > 1, "the rows should end at different steps"
+        decoder = make_recognizer(seed=seed, norm=norm, tied=seed % 2 == 0).decoder
+        decoder.bias.data[SPECIAL.end] = seed  # ragged ends
+        memory = torch.randn(6, 15, decoder.width)
+        mask = torch.arange(15) < torch.tensor([[15], [9], [1], [4], [14], [7]])
+        mask = mask if masked else None
+        readings = generate(
+            decoder, memory, mask, special=SPECIAL, decoding=Greedy(), max_length=24
+        )
+        for row, reading in enumerate(readings):
+            seen = None if mask is None else mask[row : row + 1]
+            assert reading.tokens == slow_greedy(decoder, memory[row : row + 1], seen, 24)
+            lengths.add(len(reading.tokens))
+    assert len(lengths) > 4, "the rows should end at different steps"
 
 
 def test_a_page_is_read_alone_as_in_a_batch(make_recognizer, pages):
@@ -121,11 +123,9 @@ def all_texts(decoder, memory):
             yield list(text), float(sum(logs[i, token] for i, token in enumerate(written)))
 
 
-def test_a_wider_beam_never_finds_a_less_likely_text(make_recognizer, pages):
-    recognizer = make_recognizer(seed=1)
-    recognizer.decoder.bias.data[SPECIAL.end] = 2.0
+def test_a_wider_beam_finds_likelier_texts(make_recognizer, pages):
+    recognizer = make_recognizer(seed=3)
     greedy = recognizer.read(pages, decoding=Greedy(), max_length=20)
     beam = recognizer.read(pages, decoding=Beam(width=8), max_length=20)
-    gains = [b.log_probability - g.log_probability for b, g in zip(beam, greedy, strict=True)]
-    assert min(gains) > -1e-4
-    assert max(gains) > 0.01
+    for one, other in zip(beam, greedy, strict=True):
+        assert one.log_probability > other.log_probability + 0.1

@@ -38,10 +38,12 @@ def test_another_page_gives_another_memory(make_recognizer, pages):
 
 def test_gradients_reach_every_weight(make_recognizer, pages):
     recognizer = make_recognizer(tied=False).train()
+    for module in recognizer.encoder.modules():  # timm starts residual branches at zero
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.ones_(module.weight)
     recognizer(pages, torch.randint(4, 20, (6, 10))).square().mean().backward()
-    without = [n for n, p in recognizer.named_parameters() if p.grad is None]
+    without = [n for n, p in recognizer.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
-    assert recognizer.encoder.net.conv1[0].weight.grad.any()
 
 
 def test_a_frozen_encoder_gets_no_gradient_and_the_rest_does(make_recognizer, pages):
@@ -54,12 +56,11 @@ def test_a_frozen_encoder_gets_no_gradient_and_the_rest_does(make_recognizer, pa
 def test_bfloat16_is_close_to_float32(make_recognizer, pages):
     recognizer = make_recognizer()
     tokens = torch.randint(4, 20, (6, 10))
-    with torch.no_grad():
-        exact = recognizer(pages, tokens)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    exact = recognizer(pages, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
         rough = recognizer(pages, tokens)
         readings = recognizer.read(pages, decoding=Greedy(), max_length=10)
-    error = (rough.float() - exact).norm() / exact.norm()
+    error = (rough.float() - exact).detach().norm() / exact.norm()
     assert 1e-5 < float(error) < 2e-2
     assert len(readings) == len(pages)
 

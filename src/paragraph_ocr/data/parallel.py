@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -30,7 +31,9 @@ def in_order(work: Callable[[T], R], items: Sequence[T], *, num_workers: int) ->
     waiting: deque[Future[list[R]]] = deque()
     executor = ProcessPoolExecutor(min(num_workers, len(chunks)), context, _begin)
     try:
-        for chunk in chunks:
+        with _one_thread_each():  # the first task starts all workers
+            waiting.append(executor.submit(_work_through, work, chunks[0]))
+        for chunk in chunks[1:]:
             waiting.append(executor.submit(_work_through, work, chunk))
             if len(waiting) > 4 * num_workers:
                 yield from waiting.popleft().result()
@@ -46,7 +49,6 @@ def _work_through(work: Callable[[T], R], chunk: Sequence[T]) -> list[R]:
 
 def _begin() -> None:
     """Prepare a worker: one thread, deaf to Ctrl-C (the parent acts on it), gone with the parent."""
-    os.environ.update(dict.fromkeys(_THREADS, "1"))  # before NumPy is imported
     import cv2
 
     cv2.setNumThreads(1)
@@ -59,3 +61,21 @@ def _begin() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Have processes started meanwhile inherit an environment in which BLAS keeps to one thread.
+
+    A worker may import NumPy, with the main module, before `_begin` could say so; and as many
+    threads as cores in each of as many workers make rendering ten times slower.
+    """
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(dict.fromkeys(_THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value

@@ -1,6 +1,5 @@
 """The encoder: any of timm's ResNets, cut at a stage, with columns as narrow as wanted."""
 
-import copy
 import functools
 import math
 import urllib.error
@@ -8,13 +7,17 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from huggingface_hub import constants as hub
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from paragraph_ocr.errors import UserError, nearest
 
@@ -52,8 +55,10 @@ class Encoder(nn.Module):
         extra: further arguments of timm's constructor.
 
     `stride` is (vertical, horizontal) in pixels a cell. Padding of the canvas (`sizes`) is invisible
-    to the features in evaluation, but for blocks that pool the whole page (the se, eca, gc, sk and
-    lambda families) and convolutions that do not pad (inception_resnet_v2).
+    to the features in evaluation. It is not where the whole page is pooled or normalised (the sk,
+    legacy_se, GroupNorm, bit and frn families), and at true sizes that are no multiples of the stride
+    not where max-pooling follows no ReLU (resnetv2, cspresnet), where blurring reflects the edge, or
+    where halving rounds down (clip, mlp, aa, lambda, tresnet, inception_resnet_v2).
 
     Raises:
         UserError: no such ResNet, stage or stride; weights that cannot be had; unknown extra.
@@ -80,13 +85,16 @@ class Encoder(nn.Module):
         self.in_channels = in_channels
         self.frozen = freeze
         if horizontal_stride is not None:
-            _narrow_columns(self.net, name, own, horizontal_stride, in_channels)
+            _narrow_columns(self.net, name, in_channels, own, horizontal_stride)
         self.requires_grad_(not freeze)
         self.train()
-        self._true_sizes: tuple[Tensor, tuple[int, int]] | None = None
-        for module in self.net.modules():
-            if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
-                module.register_forward_pre_hook(self._blank_padding)
+        self._padding: _Padding | None = None  # of the batch at hand
+        for layer in self.net.modules():
+            if isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
+                if layer.kernel_size not in (1, (1, 1)):  # those mix no cells
+                    layer.register_forward_pre_hook(self._blank_padding)
+                if isinstance(layer, nn.AvgPool2d):
+                    layer.register_forward_hook(self._average_inside)
 
     def train(self, mode: bool = True) -> "Encoder":
         return super().train(mode and not self.frozen)
@@ -97,9 +105,8 @@ class Encoder(nn.Module):
         Raises:
             UserError: it takes but one size, as hybrids with position tables do.
         """
-        net = copy.deepcopy(self.net).to("meta")
         try:
-            net(torch.empty(1, self.in_channels, height, width, device="meta"))
+            _trace(self.net, self.in_channels, height, width)
         except RuntimeError as error:
             raise UserError(
                 f"model.encoder.name={self.name} does not take pages of {height}x{width} px. "
@@ -125,70 +132,109 @@ class Encoder(nn.Module):
         pages = images.to(torch.float32) / 255
         if self.in_channels == 3:
             pages = pages.expand(-1, 3, -1, -1)
-        self._true_sizes = None if sizes is None else (sizes, images.shape[2:])
+        if sizes is not None:
+            # whole cells at every level, so that a layer's stride is canvas over input
+            spare = [
+                -side % stride for side, stride in zip(pages.shape[2:], self.stride, strict=True)
+            ]
+            pages = F.pad(pages, (0, spare[1], 0, spare[0]))
+            self._padding = _Padding(sizes, pages.shape[2], pages.shape[3])
         (features,) = self.net(pages)
-        self._true_sizes = None
+        self._padding = None
         return features
 
-    def cells(self, sizes: Int[Tensor, "B 2"], grid: tuple[int, int]) -> Tensor:
-        """Return a mask "B 1 h w" of the cells that lie on the true page."""
-        stride = torch.tensor(self.stride, device=sizes.device)
-        return _inside((sizes + stride - 1) // stride, grid)
+    def cells(self, sizes: Int[Tensor, "B 2"], grid: tuple[int, int]) -> Bool[Tensor, "B 1 h w"]:
+        """Return a mask of the cells that lie on the true page."""
+        return _Padding(sizes, grid[0] * self.stride[0], grid[1] * self.stride[1]).inside(*grid)
 
-    def _blank_padding(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    def _blank_padding(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         """Zero what lies beyond the true page, as a convolution's own padding would be."""
-        if self._true_sizes is None:
+        height, width = inputs[0].shape[2:]
+        if self._padding is None or (height, width) == (1, 1):  # inside an attention block
             return None
-        sizes, canvas = self._true_sizes
-        level = inputs[0].shape[2:]
-        if level == (1, 1):  # inside an attention block
-            return None
-        stride = torch.tensor(
-            [round(c / s) for c, s in zip(canvas, level, strict=True)], device=sizes.device
+        return (inputs[0] * self._padding.inside(height, width), *inputs[1:])
+
+    def _average_inside(
+        self, pool: nn.AvgPool2d, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor:
+        """Make the averages those of the cells on the true page alone."""
+        if self._padding is None:
+            return output
+        inside = self._padding.inside(inputs[0].shape[2], inputs[0].shape[3]).to(output.dtype)
+        share = F.avg_pool2d(
+            inside,
+            pool.kernel_size,
+            pool.stride,
+            pool.padding,
+            pool.ceil_mode,
+            pool.count_include_pad,
         )
-        mask = _inside((sizes + stride - 1) // stride, level)
-        return (inputs[0] * mask, *inputs[1:])
+        return output / share.clamp(min=1e-6)  # beyond the page both are zero
 
 
-def _inside(sizes: Int[Tensor, "B 2"], grid: tuple[int, ...]) -> Tensor:
-    """Return a mask "B 1 h w" that is true in the top left corner of each size."""
-    rows = torch.arange(grid[0], device=sizes.device) < sizes[:, 0, None]
-    columns = torch.arange(grid[1], device=sizes.device) < sizes[:, 1, None]
-    return (rows[:, :, None] & columns[:, None, :])[:, None]
+class _Padding:
+    """Which cells lie on the true pages of a batch, at each level of the ResNet."""
+
+    def __init__(self, sizes: Int[Tensor, "B 2"], height: int, width: int) -> None:
+        self._sizes, self._height, self._width = sizes, height, width
+        self._masks: dict[tuple[int, int], Tensor] = {}
+
+    def inside(self, rows: int, columns: int) -> Bool[Tensor, "B 1 rows columns"]:
+        if (rows, columns) not in self._masks:
+            device = self._sizes.device
+            tops = torch.arange(rows, device=device) * (self._height // rows)
+            lefts = torch.arange(columns, device=device) * (self._width // columns)
+            vertical, horizontal = tops < self._sizes[:, :1], lefts < self._sizes[:, 1:]
+            self._masks[rows, columns] = (vertical[:, :, None] & horizontal[:, None, :])[:, None]
+        return self._masks[rows, columns]
 
 
 def _build(
     name: str, stage: int, in_channels: int, pretrained: bool, extra: dict[str, Any]
 ) -> nn.Module:
-    options = {"features_only": True, "out_indices": (stage,), "in_chans": in_channels, **extra}
     file = dict(extra.get("pretrained_cfg_overlay", {})).get("file")
     if pretrained and file is not None and not Path(file).is_file():
         raise UserError(
             f"model.encoder.extra.pretrained_cfg_overlay.file={file} does not exist. "
             "Pass the path of a weights file."
         )
-    if not pretrained:
-        try:
-            return timm.create_model(name, **options)
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"model.encoder.extra={extra} does not suit {name}: {error}. "
-                "Pass only arguments of timm's constructor."
-            ) from error
-        except (AssertionError, IndexError) as error:
-            raise UserError(
-                f"model.encoder.stage={stage} is not a stage of {name}. "
-                "Pass model.encoder.stage=3 or fewer."
-            ) from error
     try:
-        with _quick_hub(needed=file is None):
-            return timm.create_model(name, pretrained=True, **options)
-    except (OSError, RuntimeError) as error:
+        if stage < 0:
+            raise IndexError
+        with _quick_hub(needed=pretrained and file is None):
+            return timm.create_model(
+                name,
+                pretrained=pretrained,
+                features_only=True,
+                out_indices=(stage,),
+                in_chans=in_channels,
+                **extra,
+            )
+    except (AssertionError, IndexError) as error:
+        stages = ", ".join(map(str, _stages(name)))
         raise UserError(
-            f"model.encoder.pretrained=true: the weights of {name} cannot be had "
-            f"({type(error).__name__}). Connect to the network, or pass a local file with "
+            f"model.encoder.stage={stage} is not a stage of {name}. "
+            f"Pass model.encoder.stage= one of {stages}."
+        ) from error
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"model.encoder.extra={extra} does not suit {name}: {error}. "
+            "Pass only arguments of timm's constructor."
+        ) from error
+    except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        if not pretrained:
+            raise
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise UserError(
+            f"model.encoder.pretrained=true: the weights of {name} cannot be had ({reason[0]}). "
+            "Connect to the network, or pass a local file of this ResNet with "
             "+model.encoder.extra.pretrained_cfg_overlay.file=<path>, or model.encoder.pretrained=false."
         ) from error
+
+
+def _stages(name: str) -> tuple[int, ...]:
+    with torch.device("meta"):
+        return tuple(timm.create_model(name, features_only=True).feature_info.out_indices)
 
 
 @contextmanager
@@ -211,7 +257,7 @@ def _quick_hub(*, needed: bool) -> Iterator[None]:
         hub.HF_HUB_OFFLINE = before
 
 
-def _narrow_columns(net: nn.Module, name: str, own: int, wanted: int, in_channels: int) -> None:
+def _narrow_columns(net: nn.Module, name: str, in_channels: int, own: int, wanted: int) -> None:
     """Take the stride out of the width of every layer whose input is `wanted` pixels a column.
 
     Raises:
@@ -224,23 +270,28 @@ def _narrow_columns(net: nn.Module, name: str, own: int, wanted: int, in_channel
             f"model.encoder.horizontal_stride={wanted} does not fit {name}, whose own is {own}. "
             f"Pass model.encoder.horizontal_stride= one of {', '.join(map(str, powers))}."
         )
-    width = 8 * own
+    side = 8 * own
     strided: list[tuple[nn.Module, int]] = []  # and the width of its input
 
-    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        strided.append((module, inputs[0].shape[3]))
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        strided.append((layer, inputs[0].shape[3]))
 
-    layers = [m for m in net.modules() if _width_stride(m) == 2]
+    layers = [layer for layer in net.modules() if _width_stride(layer) == 2]
     hooks = [layer.register_forward_pre_hook(record) for layer in layers]
-    grid = _grid(net, width, in_channels)
-    for hook in hooks:
-        hook.remove()
-    for layer, layer_width in strided:
-        if layer_width * wanted <= width:
-            layer.stride = (2, 1)
-            if isinstance(layer, nn.AvgPool2d):
-                layer.kernel_size = (layer.kernel_size, 1)
-    if _grid(net, width, in_channels) != (grid[0], width // wanted):
+    try:
+        rows, _ = _trace(net, in_channels, side, side)
+        for layer, width in strided:
+            if width * wanted <= side:
+                layer.stride = (2, 1)
+                if isinstance(layer, nn.AvgPool2d):
+                    layer.kernel_size = (layer.kernel_size, 1)
+        narrowed = _trace(net, in_channels, side, side) == (rows, side // wanted)
+    except RuntimeError:  # shapes that no longer fit, or a ResNet for one size of page
+        narrowed = False
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not narrowed:
         raise UserError(
             f"model.encoder.horizontal_stride={wanted} cannot be had of {name}. "
             "Pass model.encoder.horizontal_stride=null, or another encoder such as resnet18."
@@ -254,11 +305,12 @@ def _width_stride(module: nn.Module) -> int | None:
     return stride[-1] if isinstance(stride, tuple) else stride
 
 
-def _grid(net: nn.Module, size: int, channels: int) -> tuple[int, int]:
-    """Return the feature grid of a square canvas, leaving BatchNorm's statistics as they are."""
-    training = net.training
-    net.eval()
+def _trace(net: nn.Module, in_channels: int, height: int, width: int) -> tuple[int, int]:
+    """Return the feature grid of a canvas; shapes alone pass through, nothing is computed."""
+    state = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    shapes = {name: tensor.detach().to("meta") for name, tensor in state.items()}
+    # two pages: BatchNorm in training refuses the single value of a pooled page
+    canvas = torch.empty(2, in_channels, height, width, device="meta")
     with torch.no_grad():
-        (features,) = net(torch.zeros(1, channels, size, size))
-    net.train(training)
+        (features,) = functional_call(net, shapes, (canvas,))
     return features.shape[2], features.shape[3]
