@@ -8,13 +8,20 @@ import os
 import nox
 
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["lint", "tests", "smoke"]
+nox.options.sessions = ["lint", "types", "tests", "smoke"]
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style and forbidden imports."""
+    """Style and format."""
     session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types of the package."""
+    session.run("mypy")
 
 
 @nox.session
@@ -31,8 +38,8 @@ def slow(session: nox.Session) -> None:
 
 @nox.session
 def smoke(session: nox.Session) -> None:
-    """Two real steps of `train.py`, from rendering to the final panel."""
-    session.run("python", "train.py", "model=tiny", "debug=ci", "outputs=outputs/smoke")
+    """The README's first command as a person types it: rendering, memorising, reading, MLflow."""
+    session.run("python", "-m", "pytest", "-m", "smoke", *session.posargs)
 
 
 @nox.session

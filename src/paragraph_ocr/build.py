@@ -30,7 +30,7 @@ from paragraph_ocr.model.recognizer import Recognizer
 from paragraph_ocr.vocabulary import Vocabulary
 
 EPOCHS = 20
-EPOCHS_TO_OVERFIT = 1000  # at most: it ends once the batch has been read
+EPOCHS_TO_OVERFIT = 200  # at most: it ends once the batch has been read
 EPOCHS_BETWEEN_READINGS_TO_OVERFIT = 10  # an epoch is a step, and reading costs several
 
 

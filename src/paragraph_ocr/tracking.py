@@ -50,8 +50,11 @@ def open_experiment(
         # the default place is the working directory of whoever came first, fixed for ever
         location = (outputs / "artifacts").resolve().as_uri()
         return client, client.create_experiment(name, artifact_location=location)
-    except MlflowException:  # another process was faster
-        return client, client.get_experiment_by_name(name).experiment_id
+    except MlflowException:  # another process was faster, or it was deleted in the UI
+        existing = client.get_experiment_by_name(name)
+        if existing is None:
+            raise
+        return client, existing.experiment_id
 
 
 class TrackedRun:

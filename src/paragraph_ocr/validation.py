@@ -186,13 +186,15 @@ def _unknown_key(key: str, value: Any = None) -> UserError:
     parent, _, last = key.rpartition(".")
     if is_dataclass(known.get(key)):
         return _wrong_type(key, value)
+    if last == "extra":
+        return UserError(f"{written} sets a whole open node. Pass +{key}.<argument>=<value>.")
+    if parent.rpartition(".")[2] == "extra":
+        return UserError(f"{written} is new in an open node. Pass +{written}.")
     if key in known:
         return UserError(
             f"{written} does not belong to this datamodule. "
             "Pass a datamodule=<choice> that has it, or leave it out."
         )
-    if parent.rpartition(".")[2] == "extra":
-        return UserError(f"{written} is new in an open node. Pass +{written}.")
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
     names: dict[str, str] = {}  # last part to whole key; a sibling goes before a stranger
     for name in [*siblings, *known]:

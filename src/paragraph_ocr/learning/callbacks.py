@@ -6,6 +6,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ProgressBar
+from rich.progress import TaskID
 from safetensors.torch import save_file
 
 from paragraph_ocr import console
@@ -104,7 +105,7 @@ class TrainingProgress(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._bar = console.training_bar()
-        self._task = None
+        self._task: TaskID | None = None
         self._images = 0
 
     def disable(self) -> None:

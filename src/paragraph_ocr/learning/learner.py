@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from paragraph_ocr.batch import Batch
@@ -69,7 +70,7 @@ class Learner(pl.LightningModule):
         )
         self._window: list[Tensor] = []
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         schedule = self._schedule(self._optimizer, int(self.trainer.estimated_stepping_batches))
         return {
             "optimizer": self._optimizer,

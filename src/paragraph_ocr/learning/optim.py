@@ -31,7 +31,7 @@ def build_optimizer(
             hidden = [p for p in decay if p.ndim == 2]
             rest = [p for p in decay if p.ndim != 2]
             return MuonWithAdamW(hidden, rest, plain, lr=lr, weight_decay=weight_decay, extra=extra)
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": decay, "weight_decay": weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
@@ -61,11 +61,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         extra: dict[str, Any],
     ) -> None:
         self._muon = torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, **extra)
-        self._adamw = torch.optim.AdamW(
-            [{"params": rest}, {"params": plain, "weight_decay": 0.0}],
-            lr=lr,
-            weight_decay=weight_decay,
-        )
+        others: list[dict[str, Any]] = [{"params": rest}, {"params": plain, "weight_decay": 0.0}]
+        self._adamw = torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay)
         super().__init__([{"params": [*hidden, *rest, *plain]}], {"lr": lr})
         self.param_groups = [*self._muon.param_groups, *self._adamw.param_groups]
         self._share()

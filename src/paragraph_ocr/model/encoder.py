@@ -234,7 +234,7 @@ def _build(
 
 def _stages(name: str) -> tuple[int, ...]:
     with torch.device("meta"):
-        return tuple(timm.create_model(name, features_only=True).feature_info.out_indices)
+        return tuple(timm.create_model(name, features_only=True).feature_info.out_indices)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -282,9 +282,9 @@ def _narrow_columns(net: nn.Module, name: str, in_channels: int, own: int, wante
         rows, _ = _trace(net, in_channels, side, side)
         for layer, width in strided:
             if width * wanted <= side:
-                layer.stride = (2, 1)
+                layer.stride = (2, 1)  # type: ignore[assignment]
                 if isinstance(layer, nn.AvgPool2d):
-                    layer.kernel_size = (layer.kernel_size, 1)
+                    layer.kernel_size = (layer.kernel_size, 1)  # type: ignore[assignment]
         narrowed = _trace(net, in_channels, side, side) == (rows, side // wanted)
     except RuntimeError:  # shapes that no longer fit, or a ResNet for one size of page
         narrowed = False

@@ -109,6 +109,10 @@ def _reading(tokens: list[int], scores: list[float], special: SpecialTokens) -> 
     return Reading(tokens[:length], confidences, sum(scores[: length + 1]))
 
 
+_History = tuple[list[int], list[float]]
+"""Tokens of a text so far, and their log-probabilities."""
+
+
 def _beam(
     decoder: Decoder,
     cache: Cache,
@@ -120,7 +124,7 @@ def _beam(
     device, width = cache.crosses[0].device, decoding.width
     cache.keep(torch.arange(batch, device=device).repeat_interleave(width))
     pages = list(range(batch))  # still being read, in the order of the rows
-    alive = [[([], []) if beam == 0 else None for beam in range(width)] for _ in pages]
+    alive: list[list[_History | None]] = [[([], []), *[None] * (width - 1)] for _ in pages]
     totals = torch.full((batch, width), -torch.inf, device=device)
     totals[:, 0] = 0.0  # the beams of a page start out equal: only the first counts
     tokens = torch.full((batch * width,), special.start, device=device)
@@ -139,7 +143,7 @@ def _beam(
         logs_list = logs.flatten(1).gather(1, flat).tolist()
         kept_rows, kept_tokens, kept_totals, kept_alive, kept_pages = [], [], [], [], []
         for index, page in enumerate(pages):
-            beams: list[tuple[int, int, float, tuple]] = []
+            beams: list[tuple[int, int, float, _History | None]] = []
             for rank, (total, choice) in enumerate(
                 zip(best[index].tolist(), flat[index].tolist(), strict=True)
             ):
@@ -167,8 +171,8 @@ def _beam(
         cache.reorder(chosen) if len(chosen) == batch * width else cache.keep(chosen)
         tokens = torch.tensor(kept_tokens, device=device)
         totals = torch.tensor(kept_totals, device=device)
-    for page, beams in zip(pages, alive, strict=True):
-        for history in beams:  # cut off by max_length
+    for page, histories in zip(pages, alive, strict=True):
+        for history in histories:  # cut off by max_length
             if history is not None:
                 finish(page, *history)
     return [max(found, key=lambda pair: pair[0])[1] for found in finished]

@@ -1,0 +1,75 @@
+import pytest
+import torch
+from torch import nn
+
+from paragraph_ocr.errors import UserError
+from paragraph_ocr.learning.optim import build_optimizer, build_schedule
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+
+def fit(optimizer, net, steps):
+    inputs, targets = torch.arange(6), torch.arange(6) % 3
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(inputs), targets)
+        loss.backward()
+        optimizer.step()
+    return float(loss.detach())
+
+
+@pytest.mark.parametrize(
+    ("name", "lr"), [("adamw", 1e-2), ("adam", 1e-2), ("sgd", 0.5), ("muon", 1e-2)]
+)
+def test_every_optimizer_learns_and_resumes_with_the_same_bits(name, lr):
+    net = network()
+    optimizer = build_optimizer(net, name=name, lr=lr, weight_decay=0.1, extra={})
+    assert fit(optimizer, net, 30) < 0.3
+    other = network()
+    resumed = build_optimizer(other, name=name, lr=lr, weight_decay=0.1, extra={})
+    other.load_state_dict(net.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    fit(optimizer, net, 3)
+    fit(resumed, other, 3)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+def test_biases_norms_and_embeddings_never_decay(name):
+    net = network()
+    optimizer = build_optimizer(net, name=name, lr=0.1, weight_decay=0.5, extra={})
+    decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    assert decayed == {id(net[1].weight), id(net[3].weight)}
+
+
+def test_an_argument_that_the_optimizer_lacks_is_named():
+    with pytest.raises(UserError, match=r"optimizer\.extra.*colour"):
+        build_optimizer(network(), name="adamw", lr=0.1, weight_decay=0.0, extra={"colour": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup", "expected"),
+    [
+        ("constant", 0, {0: 1.0, 50: 1.0, 99: 1.0}),
+        ("constant", 9, {0: 0.1, 4: 0.5, 9: 1.0, 99: 1.0}),
+        ("cosine", 0, {0: 1.0, 50: 0.55, 100: 0.1}),
+        ("one_cycle", 0, {0: 0.04, 29: 1.0}),
+    ],
+)
+def test_schedules_pass_through_the_points_that_define_them(name, warmup, expected):
+    net = network()
+    optimizer = build_optimizer(net, name="sgd", lr=2.0, weight_decay=0.0, extra={})
+    schedule = build_schedule(
+        optimizer, name=name, total_steps=100, warmup_steps=warmup, final_factor=0.1
+    )
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    rates.append(optimizer.param_groups[0]["lr"])
+    for step, factor in expected.items():
+        assert rates[step] == pytest.approx(2.0 * factor, rel=1e-2)

@@ -1,0 +1,129 @@
+import sqlite3
+
+import pytest
+import yaml
+
+from paragraph_ocr.config import Experiment
+from paragraph_ocr.errors import UserError
+from paragraph_ocr.run import make_folder
+from paragraph_ocr.validation import CONF, compose, validate
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+ENCODERS = sorted(path.stem for path in (CONF / "model/encoder").glob("*.yaml"))
+DECODERS = sorted(path.stem for path in (CONF / "model/decoder").glob("*.yaml"))
+SIZES = {"tiny": (0, 0.5), "small": (0.7, 3), "base": (6, 16), "reference": (15.56, 15.57)}
+
+
+def build_model(*overrides):
+    from paragraph_ocr import build
+
+    experiment = validate(compose(list(overrides)))
+    vocabulary = build.build_vocabulary(experiment)
+    return experiment, build.build_recognizer(experiment, vocabulary), vocabulary
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_builds_at_the_size_it_promises(name):
+    _, recognizer, _ = build_model(f"model={name}")
+    millions = sum(parameter.numel() for parameter in recognizer.parameters()) / 1e6
+    low, high = SIZES.get(name, (16, 100))
+    assert low <= millions <= high
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_every_encoder_goes_with_every_decoder(encoder, decoder):
+    experiment = validate(
+        compose(["model=tiny", f"model/encoder={encoder}", f"model/decoder={decoder}"])
+    )
+    alone = yaml.safe_load((CONF / f"model/encoder/{encoder}.yaml").read_text())
+    assert experiment.model.encoder.name == alone["name"]
+    alone = yaml.safe_load((CONF / f"model/decoder/{decoder}.yaml").read_text())
+    assert experiment.model.decoder.width == alone["width"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [f"optimizer={p.stem}" for p in (CONF / "optimizer").glob("*.yaml")]
+    + [f"schedule={p.stem}" for p in (CONF / "schedule").glob("*.yaml")]
+    + [f"regularization={p.stem}" for p in (CONF / "regularization").glob("*.yaml")]
+    + [f"decoding={p.stem}" for p in (CONF / "decoding").glob("*.yaml")]
+    + [f"datamodule={p.stem}" for p in (CONF / "datamodule").glob("*.yaml")]
+    + [f"vocabulary={p.stem}" for p in (CONF / "vocabulary").glob("*.yaml")]
+    + [f"debug={p.stem}" for p in (CONF / "debug").glob("*.yaml")]
+    + ["trainer=auto", "trainer=cpu", "trainer=ddp", "tracking=off"],
+)
+def test_every_choice_builds_all_parts(override, tmp_path):
+    from paragraph_ocr import build
+
+    experiment, recognizer, vocabulary = build_model("model=tiny", override)
+    learner = build.build_learner(experiment, recognizer, vocabulary)
+    trainer = build.build_trainer(experiment, folder=tmp_path, logger=None, callbacks=[])
+    assert build.build_datamodule(experiment, vocabulary).batch_size > 0
+    assert learner.configure_optimizers is not None
+    assert trainer.max_epochs is not None
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs_two_steps(run_experiment, name):
+    outcome = run_experiment(f"experiment={name}", "debug=ci", "tracking=off")
+    assert 0 < outcome.metrics["val/loss"] < 20
+    assert (outcome.folder / "best.safetensors").exists()
+    assert (outcome.folder / "last.safetensors").exists()
+
+
+def test_a_run_leaves_its_config_and_its_story_in_mlflow(run_experiment, tmp_path):
+    outcome = run_experiment("model=tiny", "debug=ci")
+    stored = yaml.safe_load((outcome.folder / "config.yaml").read_text())
+    assert stored["model"]["encoder"]["name"] == "test_resnet"
+    assert set(stored) == set(Experiment.__dataclass_fields__)
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        assert database.execute("select status from runs").fetchall() == [("FINISHED",)]
+        metrics = {key for (key,) in database.execute("select distinct key from metrics")}
+        parameters = dict(database.execute("select key, value from params"))
+    assert {"train/loss", "val/loss", "val/cer", "val/wer", "val/exact", "lr"} <= metrics
+    assert {"test/cer", "parameters", "images_per_second"} <= metrics
+    assert parameters["model.decoder.depth"] == "2"
+    artifacts = tmp_path / "artifacts" / outcome.run_id / "artifacts"
+    assert (artifacts / "config.yaml").exists()
+    assert (artifacts / "readings.json").exists()
+    assert len(list((artifacts / "samples").glob("*.png"))) == 2
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_does_not(run_experiment):
+    overrides = ("model=tiny", "debug=ci", "tracking=off")
+    first, second = run_experiment(*overrides), run_experiment(*overrides)
+    other = run_experiment(*overrides, "seed=1")
+    assert first.metrics["val/loss"] == second.metrics["val/loss"]
+    assert first.metrics["val/loss"] != other.metrics["val/loss"]
+    assert len({first.folder, second.folder, other.folder}) == 3
+
+
+def test_weights_of_a_run_start_another(run_experiment):
+    overrides = ("model=tiny", "debug=ci", "tracking=off")
+    first = run_experiment(*overrides)
+    again = run_experiment(*overrides, f"model.weights={first.folder}", "optimizer.lr=1e-9")
+    assert again.metrics["test/loss"] == pytest.approx(first.metrics["test/loss"], abs=0.05)
+    with pytest.raises(UserError, match="belongs to another model"):
+        run_experiment(*overrides, f"model.weights={first.folder}", "model.decoder.depth=3")
+
+
+def test_overfitting_validates_and_tests_the_very_batch_it_trains(run_experiment):
+    metrics = run_experiment(
+        "model=tiny",
+        "model.encoder.freeze=true",  # BatchNorm would differ between training and validation
+        "debug=ci",
+        "tracking=off",
+        "trainer.overfit_batches=1",
+        "optimizer.lr=1e-9",
+    ).metrics
+    assert metrics["val/loss"] == pytest.approx(metrics["train/loss"], abs=1e-4)
+    assert metrics["val/loss"] == pytest.approx(metrics["test/loss"], abs=1e-4)
+    assert metrics["val/cer"] == metrics["test/cer"]
+
+
+def test_no_two_runs_share_a_folder(tmp_path):
+    folders = {make_folder(tmp_path, "a=b,c") for _ in range(5)}
+    assert len(folders) == 5
+    assert all(folder.name.replace("a-b-c", "").strip("0123456789_-") == "" for folder in folders)
