@@ -9,6 +9,7 @@ import os
 import sys
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from paragraph_ocr.config import register_schema
@@ -22,13 +23,14 @@ register_schema()
 @hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")
 def train(composed: DictConfig) -> float:
     """Run what Hydra composed; the figure is what a sweep compares."""
-    experiment = validate(composed)
-    # torch, Lightning and MLflow take seconds to import: not before the config is known to be good
-    from hydra.core.hydra_config import HydraConfig
+    try:
+        experiment = validate(composed)
+        # torch, Lightning and MLflow take seconds to import: not before the config is known to be good
+        from paragraph_ocr.run import run
 
-    from paragraph_ocr.run import run
-
-    outcome = run(experiment, overrides=list(HydraConfig.get().overrides.task))
+        outcome = run(experiment, overrides=list(HydraConfig.get().overrides.task))
+    except UserError as error:
+        sys.exit(_refuse(error))  # raised further, Hydra would print the overrides before it
     return outcome.metrics.get("val/cer", float("nan"))
 
 
@@ -40,8 +42,6 @@ def main() -> int:
         return 0
     try:
         train()
-    except UserError as error:
-        return _refuse(error)
     except REFUSALS as error:
         return _refuse(explain(error))
     except KeyboardInterrupt:

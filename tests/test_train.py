@@ -143,10 +143,30 @@ def test_a_grid_is_four_runs_in_four_folders_under_one_parent(tmp_path):
     assert len({name for _, name, _ in runs}) == 5
 
 
-def test_a_failing_run_says_failed_and_status_1(tmp_path):
-    done = train("model=tiny", "debug=ci", "datamodule=fake", "optimizer.lr=100", f"outputs={tmp_path}",
-                 PARAGRAPH_OCR_PARENT_RUN="no such run")  # fmt: skip
-    assert done.returncode in (0, 1)
+def test_a_run_that_breaks_says_failed_in_mlflow_and_ends_with_status_1(tmp_path):
+    (tmp_path / "data").write_text("a file where the folder of stores should be")
+    done = train("model=tiny", "debug=ci", "datamodule=fake", f"outputs={tmp_path}")
+    assert done.returncode == 1
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
-        (status,) = database.execute("select status from runs").fetchone()
-    assert status == ("FINISHED" if done.returncode == 0 else "FAILED")
+        assert database.execute("select status from runs").fetchall() == [("FAILED",)]
+
+
+def test_a_run_that_is_terminated_says_killed_in_mlflow(tmp_path):
+    typed = ["model=tiny", "datamodule=fake", "trainer.max_epochs=100000", f"outputs={tmp_path}"]
+    running = subprocess.Popen(
+        [sys.executable, "train.py", *typed],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert running.stdout is not None
+    for line in running.stdout:
+        if line.startswith("step"):
+            break
+    running.terminate()
+    running.communicate(timeout=60)
+    assert running.returncode == 1
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        assert database.execute("select status from runs").fetchall() == [("KILLED",)]

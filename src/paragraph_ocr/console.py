@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rapidfuzz.distance import Levenshtein
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
@@ -110,5 +110,5 @@ def show_outcome(
     where = Text.assemble(("run folder  ", "bold"), str(folder))
     if open_ui:
         where.append_text(Text.assemble(("\nMLflow UI   ", "bold"), open_ui))
-    parts = [figures, *([readings] if samples else []), where]
+    parts: list[RenderableType] = [figures, *([readings] if samples else []), where]
     console.print(Panel(Group(*parts), title=title, border_style="green"))

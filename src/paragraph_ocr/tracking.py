@@ -1,6 +1,7 @@
 """MLflow: a run opened once, told the truth about its end, with what a person compares in it."""
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -21,6 +22,9 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from pytorch_lightning.loggers import MLFlowLogger
 
 from paragraph_ocr.metrics import character_error_rate
+
+for _talkative in ("mlflow", "alembic"):
+    logging.getLogger(_talkative).setLevel(logging.WARNING)
 
 PARENT_VARIABLE = "PARAGRAPH_OCR_PARENT_RUN"
 """Environment variable through which a sweep tells its jobs the id of their parent run."""
@@ -96,8 +100,7 @@ class TrackedRun:
         """Watch the system while the block runs; close the run as FINISHED, KILLED or FAILED."""
         monitor = None
         if self._system_metrics:
-            mlflow.set_tracking_uri(self.uri)
-            monitor = SystemMetricsMonitor(self.run_id, sampling_interval=5)
+            monitor = SystemMetricsMonitor(self.run_id, sampling_interval=5, tracking_uri=self.uri)
             monitor.start()
         status = RunStatus.FAILED
         try:

@@ -294,6 +294,14 @@ def _check_combinations(experiment: Experiment) -> None:
             raise UserError(
                 f"datamodule.{key}={path} is not a folder. Pass datamodule.{key}=<folder>."
             )
+    devices = trainer.devices
+    if devices != "auto" and not (
+        str(devices).lstrip("-").isdigit() and int(devices) in {-1, *range(1, 4097)}
+    ):
+        raise UserError(
+            f"trainer.devices={devices} must be a number of devices, or auto for all. "
+            "Pass trainer.devices=1."
+        )
     _check_device(trainer)
 
 

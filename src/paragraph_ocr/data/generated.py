@@ -25,7 +25,7 @@ class Place(NamedTuple):
     """What a paragraph's random numbers depend on, beside the seed."""
 
     split: str
-    index: int
+    number: int
     attempt: int = 0
 
 
@@ -117,7 +117,7 @@ class GeneratedCorpus(ABC):
 
 
 def _make(corpus: GeneratedCorpus, place: Place) -> PackedParagraph:
-    key = [corpus.seed, SPLITS.index(place.split), place.index, place.attempt]
+    key = [corpus.seed, SPLITS.index(place.split), place.number, place.attempt]
     return pack(_maker(corpus)(np.random.default_rng(key), place.split))
 
 
