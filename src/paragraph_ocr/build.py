@@ -95,6 +95,13 @@ def build_decoding(experiment: Experiment) -> Greedy | Beam:
     return Greedy()
 
 
+def build_augment(experiment: Experiment) -> Augment:
+    """Return the augmentation of training pages; memorising goes without."""
+    if experiment.trainer.overfit_batches:
+        return Augment()
+    return Augment(**asdict(experiment.regularization.augmentation))
+
+
 def build_learner(
     experiment: Experiment, recognizer: Recognizer, vocabulary: Vocabulary
 ) -> Learner:
@@ -105,13 +112,12 @@ def build_learner(
     optimizer = build_optimizer(
         recognizer, weight_decay=regularization.weight_decay, **asdict(experiment.optimizer)
     )
-    strengths = {} if trainer.overfit_batches else asdict(regularization.augmentation)
     return Learner(
         recognizer,
         vocabulary,
         optimizer=optimizer,
         schedule=partial(_schedule, experiment),
-        augment=Augment(**strengths),
+        augment=build_augment(experiment),
         decoding=build_decoding(experiment),
         max_length=experiment.datamodule.max_length,
         label_smoothing=regularization.label_smoothing,
