@@ -55,3 +55,34 @@ def test_the_first_command_of_the_readme_reads_its_batch_and_says_so(tmp_path, r
     before = store.stat()
     subprocess.run([*command, "debug=quick"], cwd=ROOT, env=environment, check=True)
     assert (store.stat().st_ino, store.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+    check_that_images_alone_decide_the_reading(tmp_path)
+
+
+def check_that_images_alone_decide_the_reading(outputs: Path) -> None:
+    """Exchanged pages must exchange the readings, and a blank page must not give any of them."""
+    import torch
+
+    from paragraph_ocr import build
+    from paragraph_ocr.validation import compose, validate
+
+    folder = min((outputs / "runs").iterdir())  # the first run, by time
+    overrides = [*readme_command()[2:], f"outputs={outputs}", f"model.weights={folder}"]
+    experiment = validate(compose(overrides))
+    vocabulary = build.build_vocabulary(experiment)
+    recognizer = build.build_recognizer(experiment, vocabulary).eval()
+    datamodule = build.build_datamodule(experiment, vocabulary)
+    datamodule.setup()
+    batch = next(iter(datamodule.val_dataloader()))
+
+    def read(images: torch.Tensor) -> list[str]:
+        readings = recognizer.read(
+            images, decoding=build.build_decoding(experiment), max_length=256
+        )
+        return [vocabulary.decode(reading.tokens) for reading in readings]
+
+    readings = read(batch.images)
+    truths = [vocabulary.decode(row) for row in batch.tokens[:, 1:].tolist()]
+    assert sum(a == b for a, b in zip(readings, truths, strict=True)) >= 14
+    assert read(batch.images.roll(1, dims=0)) == [readings[-1], *readings[:-1]]
+    assert read(torch.zeros_like(batch.images[:1]))[0] not in readings

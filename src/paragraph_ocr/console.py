@@ -41,16 +41,25 @@ def error(message: str) -> None:
 
 @contextmanager
 def progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar; yield a function that takes (done, total)."""
+    """Yield a function that takes (done, total) and shows a bar from its first call on."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Progress(*columns, console=console)
+
+    def advance(done: int, total: int) -> None:
+        if not bar.tasks:
+            bar.add_task(description)
+            bar.start()
+        bar.update(bar.tasks[0].id, completed=done, total=total)
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
 
 
 def training_bar() -> Progress:
