@@ -10,6 +10,7 @@ import sys
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from paragraph_ocr.config import register_schema
@@ -25,6 +26,11 @@ def train(composed: DictConfig) -> float:
     """Run what Hydra composed; the figure is what a sweep compares."""
     try:
         experiment = validate(composed)
+        if HydraConfig.get().mode == RunMode.MULTIRUN and experiment.trainer.devices != 1:
+            raise UserError(  # each process would start the sweep again
+                f"trainer.devices={experiment.trainer.devices} does not go with -m. Pass "
+                "trainer.devices=1, or leave out -m."
+            )
         # torch, Lightning and MLflow take seconds to import: not before the config is known to be good
         from paragraph_ocr.run import run
 

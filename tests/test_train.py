@@ -93,6 +93,7 @@ MISTAKES = [
     (["experiment=no_yaml"], "line 3"),
     (["experiment=new_node"], "nearest: trainer"),
     (["-m", "model=tiny,smal", "tracking=off"], "model=small"),
+    (["-m", "model=tiny,small", "trainer=ddp", "tracking=off"], "trainer.devices=1"),
 ]
 
 
@@ -170,3 +171,15 @@ def test_a_run_that_is_terminated_says_killed_in_mlflow(tmp_path):
     assert running.returncode == 1
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         assert database.execute("select status from runs").fetchall() == [("KILLED",)]
+
+
+def test_two_processes_are_one_run(tmp_path):
+    done = train(
+        "model=tiny", "debug=ci", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2",
+        "trainer.precision=32-true", f"outputs={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        assert database.execute("select status from runs").fetchall() == [("FINISHED",)]
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert done.stdout.count("run folder") == 1

@@ -23,6 +23,9 @@ from paragraph_ocr.learning.callbacks import KeepWeights, Measure, StopWhenRead,
 from paragraph_ocr.learning.learner import Learner
 from paragraph_ocr.tracking import PARENT_VARIABLE, TrackedRun
 
+FOLDER_VARIABLE = "PARAGRAPH_OCR_RUN_FOLDER"
+"""Environment variable through which a run of several processes tells the others its folder."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -45,6 +48,8 @@ def run(experiment: Experiment, *, overrides: Sequence[str]) -> Outcome:
         UserError: a mistake that only building shows.
         KeyboardInterrupt, SystemExit: it was interrupted or terminated; MLflow says KILLED.
     """
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # of the processes that share this run
+    console.console.quiet = not first
     _quiet_lightning()
     began = time.perf_counter()
     pl.seed_everything(experiment.seed, workers=True, verbose=False)
@@ -55,11 +60,15 @@ def run(experiment: Experiment, *, overrides: Sequence[str]) -> Outcome:
 
     outputs = Path(experiment.outputs)
     name = experiment.name or run_name(overrides)
-    folder = make_folder(outputs / "runs", name)
-    (folder / "config.yaml").write_text(
-        yaml.safe_dump(asdict(experiment), sort_keys=False, allow_unicode=True)
-    )
-    tracked = _track(experiment, outputs, name=name, folder=folder)
+    if first:
+        folder = make_folder(outputs / "runs", name)
+        os.environ[FOLDER_VARIABLE] = str(folder)
+        (folder / "config.yaml").write_text(
+            yaml.safe_dump(asdict(experiment), sort_keys=False, allow_unicode=True)
+        )
+        tracked = _track(experiment, outputs, name=name, folder=folder)
+    else:
+        folder, tracked = Path(os.environ[FOLDER_VARIABLE]), None
     with _termination_as_interrupt(), tracked.ending() if tracked else nullcontext():
         if tracked:
             tracked.log_file(folder / "config.yaml")
@@ -79,6 +88,7 @@ def run(experiment: Experiment, *, overrides: Sequence[str]) -> Outcome:
         if "val/cer" not in metrics:  # max_steps or max_time ended it inside the first epoch
             trainer.validate(learner, datamodule=datamodule, verbose=False)
             metrics |= _metrics(trainer)
+        trainer.strategy.barrier()  # until the first process has written the weights
         if keep.best_path.exists() and not trainer.fast_dev_run:
             build.load_weights(recognizer, keep.best_path)
             trainer.test(learner, datamodule=datamodule, verbose=False)
