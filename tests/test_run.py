@@ -73,6 +73,26 @@ def test_every_experiment_runs_two_steps(run_experiment, name):
     assert (outcome.folder / "last.safetensors").exists()
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "debug").glob("*.yaml")))
+def test_every_debug_overlay_runs(run_experiment, name):
+    overrides = ["model=tiny", "datamodule=fake", f"debug={name}", "tracking=off"]
+    outcome = run_experiment(*overrides, "trainer.max_steps=4", "trainer.accelerator=cpu")
+    assert (outcome.folder / "last.safetensors").exists()
+    traces = list(outcome.folder.glob("*.trace.json"))
+    assert bool(traces) == (name == "profile")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["trainer.fast_dev_run=true", "decoding=beam", "trainer.early_stopping.patience=1",
+     "trainer.max_time=00:00:00:02", "trainer.deterministic=true", "trainer.val_check_interval=0.5"],
+)  # fmt: skip
+def test_settings_of_the_trainer_and_of_reading_run(run_experiment, override):
+    typed = ["model=tiny", "datamodule=fake", "tracking=off", "trainer.accelerator=cpu"]
+    metrics = run_experiment(*typed, "trainer.max_epochs=2", override).metrics
+    assert 0 <= metrics["val/cer"] < 20
+
+
 def test_a_run_leaves_its_config_and_its_story_in_mlflow(run_experiment, tmp_path):
     outcome = run_experiment("model=tiny", "debug=ci")
     stored = yaml.safe_load((outcome.folder / "config.yaml").read_text())

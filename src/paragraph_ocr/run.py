@@ -21,7 +21,7 @@ from paragraph_ocr import build, console
 from paragraph_ocr.config import Experiment
 from paragraph_ocr.learning.callbacks import KeepWeights, Measure, StopWhenRead, TrainingProgress
 from paragraph_ocr.learning.learner import Learner
-from paragraph_ocr.tracking import PARENT_VARIABLE, TrackedRun
+from paragraph_ocr.tracking import PARENT_VARIABLE, TrackedRun, database_uri
 
 FOLDER_VARIABLE = "PARAGRAPH_OCR_RUN_FOLDER"
 """Environment variable through which a run of several processes tells the others its folder."""
@@ -85,11 +85,13 @@ def run(experiment: Experiment, *, overrides: Sequence[str]) -> Outcome:
         trainer = build.build_trainer(experiment, folder=folder, logger=logger, callbacks=callbacks)
         trainer.fit(learner, datamodule=datamodule)
         metrics = _metrics(trainer)
-        if "val/cer" not in metrics:  # max_steps or max_time ended it inside the first epoch
+        limits = experiment.trainer
+        # max_steps or max_time may have ended it inside the first epoch
+        if "val/cer" not in metrics and limits.limit_val_batches:
             trainer.validate(learner, datamodule=datamodule, verbose=False)
             metrics |= _metrics(trainer)
         trainer.strategy.barrier()  # until the first process has written the weights
-        if keep.best_path.exists() and not trainer.fast_dev_run:
+        if keep.best_path.exists() and limits.limit_test_batches and not trainer.fast_dev_run:
             build.load_weights(recognizer, keep.best_path)
             trainer.test(learner, datamodule=datamodule, verbose=False)
             metrics |= _metrics(trainer)
@@ -198,8 +200,17 @@ def _report(
         metrics=metrics,
         samples=pairs[:3],
         folder=folder,
-        open_ui="nox -s ui" if tracked else None,
+        open_ui=_ui_command(experiment) if tracked else None,
     )
+
+
+def _ui_command(experiment: Experiment) -> str:
+    """Return what opens MLflow on this run: the light settings of `nox -s ui` where they fit."""
+    outputs = Path(experiment.outputs)
+    uri = database_uri(outputs, experiment.tracking.uri)
+    if uri != f"sqlite:///{outputs.resolve() / 'mlflow.db'}":
+        return f"mlflow ui --backend-store-uri {uri}"
+    return "nox -s ui" if experiment.outputs == "outputs" else f"nox -s ui -- {outputs}"
 
 
 @contextmanager

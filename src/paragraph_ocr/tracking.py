@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +16,13 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 
 import mlflow
 import numpy as np
-from mlflow.entities import Param, RunStatus
+from mlflow.entities import Metric, Param, RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.utils.async_logging.run_operations import RunOperations
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-from pytorch_lightning.loggers import MLFlowLogger
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only
 
 from paragraph_ocr.metrics import character_error_rate
 
@@ -88,8 +91,8 @@ class TrackedRun:
         # named here: seeding everything would seed MLflow's random names too
         self.run_id = self.client.create_run(experiment, run_name=name, tags=tags).info.run_id
         self.uri = database_uri(outputs, uri)
-        self._experiment_name = experiment_name
         self._system_metrics = system_metrics
+        self._pending: list[RunOperations] = []
         # MLflow cuts a value at 250 characters here and there; the whole config is an artifact
         listed = [Param(key, str(value)[:250]) for key, value in parameters.items()]
         for start in range(0, len(listed), 100):
@@ -112,24 +115,24 @@ class TrackedRun:
         finally:
             if monitor is not None:
                 monitor.finish()
-            mlflow.flush_async_logging()
+            for pending in self._pending:
+                pending.wait()
             self.client.set_terminated(self.run_id, RunStatus.to_string(status))
 
-    def logger(self) -> MLFlowLogger:
+    def logger(self) -> Logger:
         """Return Lightning's logger on this run."""
-        return _MetricsLogger(
-            experiment_name=self._experiment_name,
-            tracking_uri=self.uri,
-            run_id=self.run_id,
-            synchronous=False,
-        )
+        return _MetricsLogger(self)
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
         self.client.log_artifact(self.run_id, str(path), folder)
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
-        for name, value in metrics.items():
-            self.client.log_metric(self.run_id, name, value, step=step)
+        """Log without waiting for the database; `ending` waits for what is under way."""
+        now = int(time.time() * 1000)
+        listed = [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        pending = self.client.log_batch(self.run_id, metrics=listed, synchronous=False)
+        if pending is not None:
+            self._pending.append(pending)
 
     def log_images(self, images: Sequence[np.ndarray], *, folder: str) -> None:
         """Log pages ("H W", 0 is paper) as dark ink on white."""
@@ -147,14 +150,31 @@ class TrackedRun:
         self.client.log_table(self.run_id, table, f"{name}.json")
 
 
-class _MetricsLogger(MLFlowLogger):
-    """Logs metrics alone: parameters and the end of the run are TrackedRun's."""
+class _MetricsLogger(Logger):
+    """Lightning's metrics to a run; parameters and the end of the run are TrackedRun's.
 
-    def log_hyperparams(self, params: Any) -> None:
-        pass
+    Lightning's own MLFlowLogger would end the run itself, and sets MLflow's address for the whole
+    process and its children.
+    """
 
-    def finalize(self, status: str = "success") -> None:
-        pass
+    def __init__(self, run: TrackedRun) -> None:
+        super().__init__()
+        self._run = run
+
+    @property
+    def name(self) -> str:
+        return "mlflow"
+
+    @property
+    def version(self) -> str:
+        return self._run.run_id
+
+    def log_hyperparams(self, *arguments: Any, **named: Any) -> None:
+        """Parameters were logged when the run was opened."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._run.log_metrics(metrics, step=step or 0)
 
 
 def _environment_tags() -> dict[str, str]:
