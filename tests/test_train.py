@@ -142,6 +142,7 @@ def test_a_grid_is_four_runs_in_four_folders_under_one_parent(tmp_path):
     assert len({Path(folder).resolve() for folder in folders.values()}) == 4
     assert all((ROOT / folder / "config.yaml").exists() for folder in folders.values())
     assert len({name for _, name, _ in runs}) == 5
+    assert not (ROOT / "mlflow.db").exists(), "MLflow's default place was written to"
 
 
 def test_a_run_that_breaks_says_failed_in_mlflow_and_ends_with_status_1(tmp_path):
