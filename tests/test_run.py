@@ -43,6 +43,10 @@ def test_every_encoder_goes_with_every_decoder(encoder, decoder):
     assert experiment.model.decoder.width == alone["width"]
 
 
+NEEDED = {"datamodule=folder": ["datamodule.root=tests"]}
+"""What a choice needs of its user."""
+
+
 @pytest.mark.parametrize(
     "override",
     [f"optimizer={p.stem}" for p in (CONF / "optimizer").glob("*.yaml")]
@@ -57,7 +61,9 @@ def test_every_encoder_goes_with_every_decoder(encoder, decoder):
 def test_every_choice_builds_all_parts(override, tmp_path):
     from paragraph_ocr import build
 
-    experiment, recognizer, vocabulary = build_model("model=tiny", override)
+    experiment, recognizer, vocabulary = build_model(
+        "model=tiny", override, *NEEDED.get(override, [])
+    )
     learner = build.build_learner(experiment, recognizer, vocabulary)
     trainer = build.build_trainer(experiment, folder=tmp_path, logger=None, callbacks=[])
     assert build.build_datamodule(experiment, vocabulary).batch_size > 0
@@ -147,3 +153,29 @@ def test_no_two_runs_share_a_folder(tmp_path):
     folders = {make_folder(tmp_path, "a=b,c") for _ in range(5)}
     assert len(folders) == 5
     assert all(folder.name.replace("a-b-c", "").strip("0123456789_-") == "" for folder in folders)
+
+
+def test_a_folder_of_ones_own_trains_and_is_read(run_experiment, tmp_path):
+    from PIL import Image, ImageDraw
+
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for index in range(6):
+        page = Image.new("L", (90 + 8 * index, 40), "white")
+        ImageDraw.Draw(page).text((5, 10), f"page {index}", fill=0)
+        page.save(folder / f"p{index}.png")
+        (folder / f"p{index}.txt").write_text(f"page\n{index}")
+    outcome = run_experiment(
+        "model=tiny",
+        "datamodule=folder",
+        f"datamodule.root={folder}",
+        "datamodule.height=64",
+        "datamodule.width=160",
+        "datamodule.batch_size=2",
+        "datamodule.max_length=20",
+        "trainer.max_epochs=1",
+        "trainer.accelerator=cpu",
+        "tracking=off",
+    )
+    assert 0 < outcome.metrics["test/loss"] < 20
+    assert outcome.metrics["test/cer"] >= 0

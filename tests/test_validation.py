@@ -13,7 +13,8 @@ NEEDS_A_GPU = {("trainer", "gpu")}
 
 @pytest.mark.parametrize(("group", "choice"), [c for c in CHOICES if c not in NEEDS_A_GPU])
 def test_every_file_of_conf_composes_and_validates(group, choice):
-    assert validate(compose([f"{group}={choice}"])).seed == 0
+    needed = ["datamodule.root=tests"] if choice == "folder" else []
+    assert validate(compose([f"{group}={choice}", *needed])).seed == 0
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,8 @@ def test_a_number_of_batches_stays_a_number_and_a_share_a_share(typed, kind):
         ("model.weights=nowhere", "does not exist"),
         ("datamodule.fonts=nowhere", "is not a folder"),
         ("decoding.beam_width=4", "Pass decoding=beam"),
+        ("datamodule=folder", "datamodule.root=<folder"),
+        ("datamodule.root=tests", "Pass datamodule=folder|pass datamodule=folder"),
         ("model.encoder.extra.foo=1", r"\+model.encoder.extra.foo=1"),
     ],
 )

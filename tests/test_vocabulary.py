@@ -38,3 +38,10 @@ def test_a_character_stands_once():
         Vocabulary("aba")
     with pytest.raises(ValueError):
         Vocabulary(["ab"])
+
+
+def test_text_is_folded_and_cleared_only_on_request():
+    text = "\u201ce\u0301t\u00e9\u201d \u2013 5 \u20ac"
+    assert Vocabulary("a").prepare(text) == "\u201c\u00e9t\u00e9\u201d \u2013 5 \u20ac"
+    assert Vocabulary("a", fold=True).prepare(text) == '"\u00e9t\u00e9" - 5 \u20ac'
+    assert Vocabulary(IAM, fold=True, unknown="drop").prepare(text) == '"t" - 5 '

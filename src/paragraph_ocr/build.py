@@ -14,11 +14,19 @@ from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfi
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from paragraph_ocr.config import DataConfig, Experiment, GeneratedData, RenderedData, TrainerConfig
+from paragraph_ocr.config import (
+    DataConfig,
+    Experiment,
+    FolderData,
+    GeneratedData,
+    RenderedData,
+    TrainerConfig,
+)
 from paragraph_ocr.data.augment import Augment
 from paragraph_ocr.data.corpus import Corpus
 from paragraph_ocr.data.datamodule import ParagraphDataModule
 from paragraph_ocr.data.fake import FakeCorpus
+from paragraph_ocr.data.folder import FolderCorpus
 from paragraph_ocr.data.synthetic import SyntheticCorpus
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.learning.learner import Learner
@@ -36,7 +44,7 @@ EPOCHS_BETWEEN_READINGS_TO_OVERFIT = 10  # an epoch is a step, and reading costs
 
 def build_vocabulary(experiment: Experiment) -> Vocabulary:
     try:
-        return Vocabulary(experiment.vocabulary.characters)
+        return Vocabulary(**asdict(experiment.vocabulary))
     except ValueError as error:
         raise UserError(
             f"vocabulary.characters={experiment.vocabulary.characters!r}: {error}. "
@@ -52,7 +60,7 @@ def build_recognizer(experiment: Experiment, vocabulary: Vocabulary) -> Recogniz
     """
     data = experiment.datamodule
     encoder = Encoder(**asdict(experiment.model.encoder))
-    if isinstance(data, GeneratedData):
+    if isinstance(data, GeneratedData | FolderData):
         encoder.check_canvas(data.height, data.width)
     decoder = Decoder(
         num_tokens=len(vocabulary),
@@ -142,6 +150,14 @@ def build_corpus(data: DataConfig, vocabulary: Vocabulary, *, seed: int) -> Corp
             return SyntheticCorpus(**fields, characters=characters, seed=seed)
         case GeneratedData():
             return FakeCorpus(**_without_loading(data), characters=characters, seed=seed)
+        case FolderData(root=str(root)):
+            return FolderCorpus(
+                name=data.name,
+                folder=Path(root),
+                height=data.height,
+                width=data.width,
+                split=data.split,
+            )
     raise ValueError(f"no corpus for {type(data).__name__}")
 
 
@@ -160,7 +176,7 @@ def build_datamodule(
     data = experiment.datamodule
     return ParagraphDataModule(
         build_corpus(data, vocabulary, seed=experiment.seed),
-        root=Path(data.root),
+        root=Path(experiment.outputs) / "data",
         vocabulary=vocabulary,
         batch_size=data.batch_size,
         num_workers=data.num_workers,

@@ -47,7 +47,7 @@ class DataConfig:
     """What every data module has; a subclass says where its paragraphs come from."""
 
     name: str = MISSING
-    root: str = MISSING
+    root: str | None = None
     batch_size: int = MISSING
     num_workers: int = MISSING
     max_length: int = MISSING
@@ -77,8 +77,19 @@ class RenderedData(GeneratedData):
 
 
 @dataclass
+class FolderData(DataConfig):
+    """The user's own images and transcriptions, below `root`."""
+
+    height: int = MISSING
+    width: int = MISSING
+    split: str = MISSING
+
+
+@dataclass
 class VocabularyConfig:
     characters: str = MISSING
+    fold: bool = False
+    unknown: str = "error"
 
 
 @dataclass
@@ -184,7 +195,11 @@ class Experiment:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
-SCHEMAS: dict[str, type[DataConfig]] = {"generated": GeneratedData, "rendered": RenderedData}
+SCHEMAS: dict[str, type[DataConfig]] = {
+    "generated": GeneratedData,
+    "rendered": RenderedData,
+    "folder": FolderData,
+}
 """Node types that a datamodule's YAML names in its defaults list, as /schema/<name>."""
 
 

@@ -15,6 +15,7 @@ from paragraph_ocr.config import (
     SCHEMAS,
     DataConfig,
     Experiment,
+    FolderData,
     GeneratedData,
     TrainerConfig,
     register_schema,
@@ -35,6 +36,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.strategy": ("auto", "ddp", "ddp_spawn"),
     "trainer.profiler": ("simple", "advanced", "pytorch"),
     "decoding.name": ("greedy", "beam"),
+    "vocabulary.unknown": ("error", "drop"),
+    "datamodule.split": ("auto", "train", "val", "test"),
     "tracking.name": ("mlflow", "off"),
 }
 
@@ -288,7 +291,17 @@ def _check_combinations(experiment: Experiment) -> None:
         raise UserError(
             f"model.weights={weights} does not exist. Pass a run folder or a .safetensors file."
         )
-    for key in ("fonts", "texts"):
+    if isinstance(data, FolderData) and data.root is None:
+        raise UserError(
+            f"datamodule.root has no value, and datamodule={data.name} needs it. "
+            "Pass datamodule.root=<folder of your images and transcriptions>."
+        )
+    if isinstance(data, GeneratedData) and data.root is not None:
+        raise UserError(
+            f"datamodule.root={data.root} does nothing for datamodule={data.name}, which makes its own "
+            "pages. Leave it out, or pass datamodule=folder."
+        )
+    for key in ("root", "fonts", "texts"):
         path = getattr(data, key, None)
         if path is not None and not Path(path).is_dir():
             raise UserError(

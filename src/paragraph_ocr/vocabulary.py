@@ -1,5 +1,6 @@
 """Text to token ids and back."""
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -9,8 +10,24 @@ SPECIAL_TOKENS = ("<B>", "<S>", "<E>", "<P>")
 """Blank (unused by a Transformer, kept for CTC), start, end, pad: the order of the FSDL 2022 lab."""
 
 
+FOLDED = str.maketrans(
+    {
+        **dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u0060\u00b4", "'"),
+        **dict.fromkeys("\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb", '"'),
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u00ad", "-"),
+        "\u2026": "...",
+        "\u00a0": " ",
+    }
+)
+"""Typographic characters and what a typewriter has for them."""
+
+
 class Vocabulary:
     """The characters a model can write, one token each, behind four special tokens.
+
+    Args:
+        fold: write typographic quotes, dashes and ellipses as their plain forms.
+        unknown: what `prepare` does with characters that are not in the vocabulary: "error", "drop".
 
     Raises:
         ValueError: a character stands twice, or something longer than a character is given.
@@ -18,7 +35,10 @@ class Vocabulary:
 
     blank, start, end, pad = range(4)
 
-    def __init__(self, characters: Iterable[str]) -> None:
+    def __init__(
+        self, characters: Iterable[str], *, fold: bool = False, unknown: str = "error"
+    ) -> None:
+        self.fold, self.drops_unknown = fold, unknown == "drop"
         self.characters = tuple(characters)
         if any(len(character) != 1 for character in self.characters):
             raise ValueError("a vocabulary is made of single characters")
@@ -41,6 +61,15 @@ class Vocabulary:
 
     def __repr__(self) -> str:
         return f"Vocabulary({len(self)} tokens: {''.join(self.characters)!r})"
+
+    def prepare(self, text: str) -> str:
+        """Return the text in NFC, folded and without unknown characters if that was asked for."""
+        text = unicodedata.normalize("NFC", text)
+        if self.fold:
+            text = text.translate(FOLDED)
+        if self.drops_unknown:
+            text = "".join(character for character in text if character in self._ids)
+        return text
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of start, each character, end.
@@ -81,5 +110,6 @@ class Vocabulary:
             more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
             raise UserError(
                 f"vocabulary.characters lacks {listed}{more}. Add them with "
-                "vocabulary.characters=<all characters>, or take them out of the text."
+                "vocabulary.characters=<all characters>, or pass vocabulary.fold=true (typographic "
+                "quotes and dashes) or vocabulary.unknown=drop."
             )

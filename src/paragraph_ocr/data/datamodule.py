@@ -108,13 +108,18 @@ class ParagraphDataModule(pl.LightningDataModule):
         if self._datasets:
             return
         store = Store(self.corpus.prepare(self.root, num_workers=0))
-        self.vocabulary.require(store.texts)
-        too_long = [text for text in store.texts if len(text) + 2 > self.max_length]
+        texts = [self.vocabulary.prepare(text) for text in store.texts]
+        self.vocabulary.require(texts)
+        lengths = [(len(text) + 2, store.sources[row]) for row, text in enumerate(texts)]
+        too_long = [(length, source) for length, source in lengths if length > self.max_length]
         if too_long:
-            longest = max(map(len, too_long)) + 2
+            listed = ", ".join(source for _, source in too_long[:5]) + (
+                " ..." if len(too_long) > 5 else ""
+            )
             raise UserError(
                 f"datamodule.max_length={self.max_length} is too short for {len(too_long)} of "
-                f"{len(store)} transcriptions. Pass datamodule.max_length={longest} or more."
+                f"{len(store)} transcriptions ({listed}). Pass "
+                f"datamodule.max_length={max(too_long)[0]} or more."
             )
         for split in SPLITS:
             self._datasets[split] = ParagraphDataset(store, store.rows(split), self.vocabulary)

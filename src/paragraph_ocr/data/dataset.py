@@ -33,7 +33,7 @@ class ParagraphDataset(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         row = self.rows[index]
         height, width = map(int, self.store.sizes[row])
-        tokens = self.vocabulary.encode(self.store.texts[row])
+        tokens = self.vocabulary.encode(self.vocabulary.prepare(self.store.texts[row]))
         return Item(self.store.image(row), tokens, (height, width), row)
 
 

@@ -209,9 +209,9 @@ class Store:
         return {**self.__dict__, "_images": [], "_owner": None}
 
     def _open(self) -> h5py.File:
-        remedy = "Delete it to have it prepared again, or pass another datamodule.root=<folder>."
+        remedy = "Delete it to have it prepared again, or pass another outputs=<folder>."
         if not self.path.is_file():
-            raise UserError(f"datamodule.root={self.path.parent} has no {self.path.name}. {remedy}")
+            raise UserError(f"{self.path.parent} has no {self.path.name}. {remedy}")
         try:
             # never changed once it has its name, so no lock, which some network file systems lack
             file = h5py.File(self.path, "r", locking=False)

@@ -1,0 +1,201 @@
+"""The user's own pages: a folder of images with transcriptions, as it lies."""
+
+import csv
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from paragraph_ocr.data.corpus import Progress, digest, is_prepared, store_path, write_store
+from paragraph_ocr.data.paragraph import SPLITS, Paragraph
+from paragraph_ocr.data.parallel import in_order
+from paragraph_ocr.data.scan import SUFFIXES, fit, read_scan
+from paragraph_ocr.data.store import PackedParagraph, pack
+from paragraph_ocr.errors import UserError
+
+MANIFESTS = ("manifest.jsonl", "manifest.csv")
+
+_VERSION = 1  # raise it whenever the same files give another store
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A page as the folder names it; split and writer are empty where nothing is said."""
+
+    image: str
+    text: str
+    split: str = ""
+    writer: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderCorpus:
+    """Images below a folder, each with a .txt beside it or a line in a manifest.
+
+    `split` is "auto" (the manifest's column, else by writer, else by a hash of the image's name: 80%,
+    10%, 10%) or one of SPLITS, which then takes everything.
+
+    Raises:
+        UserError: in `prepare`, for whatever in the folder cannot be used; nothing is written then.
+    """
+
+    name: str
+    folder: Path
+    height: int
+    width: int
+    split: str = "auto"
+
+    def fingerprint(self) -> str:
+        """Return what changes with any name, transcription or image file (by size and time)."""
+        files = [
+            (entry.image, entry.text, entry.split, entry.writer, stat.st_size, stat.st_mtime_ns)
+            for entry in self.entries()
+            for stat in [(self.folder / entry.image).stat()]
+        ]
+        canvas = (self.height, self.width)
+        return digest({"folder": _VERSION, "files": files, "canvas": canvas, "split": self.split})
+
+    def prepare(self, root: Path, *, num_workers: int, progress: Progress | None = None) -> Path:
+        if is_prepared(self, root):
+            return store_path(self, root)
+        entries = self.entries()
+        made = in_order(
+            partial(_read, self), list(zip(entries, self._splits(entries), strict=True)),
+            num_workers=num_workers,
+        )  # fmt: skip
+        return write_store(self, root, made, total=len(entries), progress=progress)
+
+    def entries(self) -> list[Entry]:
+        """Return the pages in order, each checked but for its pixels.
+
+        Raises:
+            UserError: names the first line or file that cannot be used.
+        """
+        manifests = [name for name in MANIFESTS if (self.folder / name).is_file()]
+        if len(manifests) > 1:
+            raise UserError(f"{self._here}: both {' and '.join(manifests)} are there. Leave one.")
+        found = list(self._listed(manifests[0]) if manifests else self._beside())
+        if not found:
+            raise UserError(
+                f"{self._here} holds no manifest.jsonl, manifest.csv, or images beside .txt files."
+            )
+        twice = [image for image, count in Counter(e.image for e in found).items() if count > 1]
+        if twice:
+            raise UserError(f"{self._here}: {twice[0]} is listed twice. Leave one.")
+        for entry in found:
+            self._check(entry)
+        return found
+
+    @property
+    def _here(self) -> str:
+        return f"datamodule.root={self.folder}"
+
+    def _listed(self, manifest: str) -> Iterator[Entry]:
+        try:
+            text = (self.folder / manifest).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self._here}: {manifest} is not UTF-8. Save it so.") from error
+        if manifest.endswith(".csv"):
+            rows: Iterator[tuple[int, object]] = enumerate(csv.DictReader(text.splitlines(True)), 2)
+        else:
+            lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+            rows = ((number, _json(line)) for number, line in lines)
+        for number, row in rows:
+            where = f"{self._here}: {manifest} line {number}"
+            if not isinstance(row, dict):
+                raise UserError(f"{where} is no JSON object. Mend that line.")
+            fields = {key: row.get(key) or "" for key in ("image", "text", "split", "writer")}
+            for key, value in fields.items():
+                if not isinstance(value, str):
+                    raise UserError(f"{where}: {key}={value!r} is no text. Mend that line.")
+            if not fields["image"]:
+                raise UserError(f"{where} has no image. Give image and text.")
+            yield Entry(**fields)
+
+    def _beside(self) -> Iterator[Entry]:
+        for path in sorted(self.folder.rglob("*")):
+            if path.suffix.lower() not in SUFFIXES:
+                continue
+            text = path.with_suffix(".txt")
+            name = path.relative_to(self.folder).as_posix()
+            if not text.is_file():
+                raise UserError(f"{self._here}: {name} has no {text.name} beside it. Add it.")
+            try:
+                yield Entry(name, text.read_text(encoding="utf-8-sig").strip("\n"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{self._here}: {text.name} is not UTF-8. Save it so.") from error
+
+    def _check(self, entry: Entry) -> None:
+        path = self.folder / entry.image
+        inside = self.folder.resolve()
+        if Path(entry.image).is_absolute() or not path.resolve().is_relative_to(inside):
+            raise UserError(f"{self._here}: {entry.image} lies outside the folder. Move it inside.")
+        if not path.is_file():
+            raise UserError(f"{self._here}: {entry.image} does not exist. Add it or take it out.")
+        if not entry.text.strip():
+            raise UserError(
+                f"{self._here}: {entry.image} has an empty transcription. Give its text."
+            )
+        if entry.split not in ("", *SPLITS):
+            raise UserError(
+                f"{self._here}: {entry.image} has split={entry.split!r}. Use {', '.join(SPLITS)}."
+            )
+
+    def _splits(self, entries: list[Entry]) -> list[str]:
+        """Return the split of each page.
+
+        Raises:
+            UserError: some pages name a split and others do not, or a writer stands in two.
+        """
+        if self.split != "auto":
+            return [self.split] * len(entries)
+        if any(entry.split for entry in entries):
+            without = [entry.image for entry in entries if not entry.split]
+            if without:
+                raise UserError(f"{self._here}: {without[0]} names no split, and others do.")
+            homes: dict[str, str] = {}
+            for entry in entries:
+                if entry.writer and homes.setdefault(entry.writer, entry.split) != entry.split:
+                    raise UserError(
+                        f"{self._here}: writer {entry.writer} stands in {homes[entry.writer]} and "
+                        f"{entry.split}. Keep a writer's pages together."
+                    )
+            return [entry.split for entry in entries]
+        units = [entry.writer or entry.image for entry in entries]
+        dealt = _deal(set(units))
+        return [dealt[unit] for unit in units]
+
+
+def _deal(units: set[str]) -> dict[str, str]:
+    """Return the split of each writer or page; more of them later move none of these.
+
+    But for a split that would stay empty: it gets the unit with the least hash of training's.
+    """
+
+    def share(unit: str) -> float:
+        return int.from_bytes(hashlib.sha256(unit.encode()).digest()[:8]) / 2**64
+
+    dealt = {u: "val" if share(u) < 0.1 else "test" if share(u) < 0.2 else "train" for u in units}
+    for split in ("val", "test"):
+        spare = sorted((u for u in units if dealt[u] == "train"), key=share)
+        if split not in dealt.values() and len(spare) > 1:
+            dealt[spare[0]] = split
+    return dealt
+
+
+def _json(line: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def _read(corpus: FolderCorpus, page: tuple[Entry, str]) -> PackedParagraph:
+    entry, split = page
+    canvas = (corpus.height, corpus.width)
+    image = fit(read_scan(corpus.folder / entry.image), height=corpus.height, width=corpus.width)
+    paragraph = Paragraph(image, entry.text, split, source=entry.image, writer=entry.writer)
+    return pack(paragraph, canvas=canvas)
