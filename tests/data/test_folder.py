@@ -143,7 +143,7 @@ BAD = {
     "climbs out": ([{"image": "../secret.png", "text": "a"}], "outside the folder"),
     "absolute": ([{"image": "/etc/hostname", "text": "a"}], "outside the folder"),
     "a list": ([[1, 2]], "line 1 is no JSON object"),
-    "a number for text": ([{"image": "p0.png", "text": 5}], "text=5 is no text"),
+    "a number for text": ([{"image": "p0.png", "text": 5}], "5 is no text"),
 }
 
 

@@ -5,14 +5,15 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 
 from paragraph_ocr.data.corpus import Progress, digest, is_prepared, store_path, write_store
+from paragraph_ocr.data.layout import Polygon, read_layout
 from paragraph_ocr.data.paragraph import SPLITS, Paragraph
 from paragraph_ocr.data.parallel import in_order
-from paragraph_ocr.data.scan import SUFFIXES, fit, read_scan
+from paragraph_ocr.data.scan import SUFFIXES, cut, fit, read_scan
 from paragraph_ocr.data.store import PackedParagraph, pack
 from paragraph_ocr.errors import UserError
 
@@ -29,11 +30,21 @@ class Entry:
     text: str
     split: str = ""
     writer: str = ""
+    region: str = ""
+    """Id of the paragraph on the image; empty for the whole image."""
+    polygon: Polygon = ()
+
+    @property
+    def id(self) -> str:
+        return f"{self.image}#{self.region}" if self.region else self.image
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderCorpus:
-    """Images below a folder, each with a .txt beside it or a line in a manifest.
+    """Images below a folder, with .txt files beside them, a manifest, or PAGE or ALTO files.
+
+    PAGE and ALTO files give a paragraph for each region with text; the scan lies beside the XML file or
+    in the folder above it (as in `page/`), under the name that the file gives.
 
     `split` is "auto" (the manifest's column, else by writer, else by a hash of the image's name: 80%,
     10%, 10%) or one of SPLITS, which then takes everything.
@@ -51,7 +62,7 @@ class FolderCorpus:
     def fingerprint(self) -> str:
         """Return what changes with any name, transcription or image file (by size and time)."""
         files = [
-            (entry.image, entry.text, entry.split, entry.writer, stat.st_size, stat.st_mtime_ns)
+            (astuple(entry), stat.st_size, stat.st_mtime_ns)
             for entry in self.entries()
             for stat in [(self.folder / entry.image).stat()]
         ]
@@ -77,12 +88,17 @@ class FolderCorpus:
         manifests = [name for name in MANIFESTS if (self.folder / name).is_file()]
         if len(manifests) > 1:
             raise UserError(f"{self._here}: both {' and '.join(manifests)} are there. Leave one.")
-        found = list(self._listed(manifests[0]) if manifests else self._beside())
+        layouts = sorted(self.folder.rglob("*.xml"))
+        if manifests:
+            found = list(self._listed(manifests[0]))
+        else:
+            found = list(self._marked(layouts) if layouts else self._beside())
         if not found:
             raise UserError(
-                f"{self._here} holds no manifest.jsonl, manifest.csv, or images beside .txt files."
+                f"{self._here} holds no manifest.jsonl or manifest.csv, no PAGE or ALTO files with "
+                "text, and no images beside .txt files."
             )
-        twice = [image for image, count in Counter(e.image for e in found).items() if count > 1]
+        twice = [name for name, count in Counter(e.id for e in found).items() if count > 1]
         if twice:
             raise UserError(f"{self._here}: {twice[0]} is listed twice. Leave one.")
         for entry in found:
@@ -107,13 +123,14 @@ class FolderCorpus:
             where = f"{self._here}: {manifest} line {number}"
             if not isinstance(row, dict):
                 raise UserError(f"{where} is no JSON object. Mend that line.")
-            fields = {key: row.get(key) or "" for key in ("image", "text", "split", "writer")}
-            for key, value in fields.items():
+            fields = [row.get(key) or "" for key in ("image", "text", "split", "writer")]
+            for value in fields:
                 if not isinstance(value, str):
-                    raise UserError(f"{where}: {key}={value!r} is no text. Mend that line.")
-            if not fields["image"]:
+                    raise UserError(f"{where}: {value!r} is no text. Mend that line.")
+            if not fields[0]:
                 raise UserError(f"{where} has no image. Give image and text.")
-            yield Entry(**fields)
+            image, text, split, writer = fields
+            yield Entry(image, text, split, writer)
 
     def _beside(self) -> Iterator[Entry]:
         for path in sorted(self.folder.rglob("*")):
@@ -127,6 +144,15 @@ class FolderCorpus:
                 yield Entry(name, text.read_text(encoding="utf-8-sig").strip("\n"))
             except UnicodeDecodeError as error:
                 raise UserError(f"{self._here}: {text.name} is not UTF-8. Save it so.") from error
+
+    def _marked(self, layouts: list[Path]) -> Iterator[Entry]:
+        for path in layouts:
+            for region in read_layout(path):
+                names = [path.parent / region.image, path.parent.parent / region.image]
+                image = next((name for name in names if name.is_file()), names[0])
+                inside = image.absolute().is_relative_to(self.folder.absolute())
+                name = image.relative_to(self.folder).as_posix() if inside else str(image)
+                yield Entry(name, region.text, region=region.id, polygon=region.polygon)
 
     def _check(self, entry: Entry) -> None:
         path = self.folder / entry.image
@@ -196,6 +222,9 @@ def _json(line: str) -> object:
 def _read(corpus: FolderCorpus, page: tuple[Entry, str]) -> PackedParagraph:
     entry, split = page
     canvas = (corpus.height, corpus.width)
-    image = fit(read_scan(corpus.folder / entry.image), height=corpus.height, width=corpus.width)
-    paragraph = Paragraph(image, entry.text, split, source=entry.image, writer=entry.writer)
+    image = read_scan(corpus.folder / entry.image)
+    if entry.polygon:
+        image = cut(image, entry.polygon)
+    image = fit(image, height=corpus.height, width=corpus.width)
+    paragraph = Paragraph(image, entry.text, split, source=entry.id, writer=entry.writer)
     return pack(paragraph, canvas=canvas)

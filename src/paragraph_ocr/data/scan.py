@@ -1,6 +1,7 @@
 """A scan or photograph to a page of ink: any format, either polarity, uneven paper."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -83,3 +84,18 @@ def fit(page: np.ndarray, *, height: int, width: int) -> np.ndarray:
         return page
     size = (max(1, int(page.shape[1] * scale)), max(1, int(page.shape[0] * scale)))
     return cv2.resize(page, size, interpolation=cv2.INTER_AREA)
+
+
+def cut(page: np.ndarray, polygon: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return the part of the page inside the polygon, on paper as large as its bounds.
+
+    Corners (x, y) in pixels; what lies off the page is paper.
+    """
+    corners = np.array(polygon, np.int32)
+    left, top = np.maximum(corners.min(axis=0), 0)
+    right, bottom = np.minimum(corners.max(axis=0) + 1, page.shape[::-1])
+    if right <= left or bottom <= top:
+        return np.zeros((1, 1), np.uint8)
+    inside = np.zeros((bottom - top, right - left), np.uint8)
+    cv2.fillPoly(inside, [corners - (left, top)], 255)
+    return np.minimum(page[top:bottom, left:right], inside)
