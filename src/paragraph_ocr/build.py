@@ -1,5 +1,8 @@
 """From an experiment to its parts: the only place that knows both config and objects."""
 
+import copy
+import functools
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -16,6 +19,7 @@ from safetensors.torch import load_file
 
 from paragraph_ocr.config import (
     DataConfig,
+    EncoderConfig,
     Experiment,
     FolderData,
     GeneratedData,
@@ -59,7 +63,7 @@ def build_recognizer(experiment: Experiment, vocabulary: Vocabulary) -> Recogniz
         UserError: the encoder cannot be had, or the weights belong to another model.
     """
     data = experiment.datamodule
-    encoder = Encoder(**asdict(experiment.model.encoder))
+    encoder = build_encoder(experiment.model.encoder)
     if isinstance(data, GeneratedData | FolderData):
         encoder.check_canvas(data.height, data.width)
     decoder = Decoder(
@@ -73,6 +77,24 @@ def build_recognizer(experiment: Experiment, vocabulary: Vocabulary) -> Recogniz
     if experiment.model.weights is not None:
         load_weights(recognizer, Path(experiment.model.weights))
     return recognizer
+
+
+def build_encoder(config: EncoderConfig) -> Encoder:
+    """Return a new encoder; in a search, whose trials begin alike, a copy of the one built before.
+
+    The copy and the random numbers after it are bit for bit those of building anew.
+    """
+    state = torch.get_rng_state()
+    pristine, after = _pristine_encoder(json.dumps(asdict(config)), state.numpy().tobytes())
+    torch.set_rng_state(after)
+    return copy.deepcopy(pristine)
+
+
+@functools.lru_cache(maxsize=8)
+def _pristine_encoder(config: str, random_state: bytes) -> tuple[Encoder, torch.Tensor]:
+    """Return an encoder that nobody has trained, and the state of torch's generator after it."""
+    encoder = Encoder(**json.loads(config))
+    return encoder, torch.get_rng_state()
 
 
 def load_weights(recognizer: Recognizer, path: Path) -> None:
@@ -128,6 +150,7 @@ def build_learner(
         augment=build_augment(experiment),
         decoding=build_decoding(experiment),
         max_length=experiment.datamodule.max_length,
+        max_loss_to_read=experiment.decoding.max_loss,
         label_smoothing=regularization.label_smoothing,
         token_noise=0.0 if trainer.overfit_batches else regularization.token_noise,
         num_samples=experiment.tracking.num_samples,

@@ -126,7 +126,7 @@ class ParagraphDataModule(pl.LightningDataModule):
         if self.overfit_batches:
             train = self._datasets["train"]
             rows = train.rows[: self._num_overfit_batches(len(train)) * self.batch_size]
-            same = ParagraphDataset(store, rows, self.vocabulary)
+            same = ParagraphDataset(store, rows, self.vocabulary, hold=True)
             self._datasets = dict.fromkeys(SPLITS, same)
 
     def _num_overfit_batches(self, length: int) -> int:

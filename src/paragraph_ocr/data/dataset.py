@@ -22,15 +22,31 @@ class Item(NamedTuple):
 
 
 class ParagraphDataset(Dataset[Item]):
-    """Some rows of a store, in the order given."""
+    """Some rows of a store, in the order given.
 
-    def __init__(self, store: Store, rows: Sequence[int], vocabulary: Vocabulary) -> None:
+    Args:
+        hold: keep what was read once in memory, for a few rows that are wanted again and again.
+    """
+
+    def __init__(
+        self, store: Store, rows: Sequence[int], vocabulary: Vocabulary, *, hold: bool = False
+    ) -> None:
         self.store, self.rows, self.vocabulary = store, list(map(int, rows)), vocabulary
+        self.hold = hold
+        self._held: dict[int, Item] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Item:
+        if index not in self._held:
+            item = self._read(index)
+            if not self.hold:
+                return item
+            self._held[index] = item
+        return self._held[index]
+
+    def _read(self, index: int) -> Item:
         row = self.rows[index]
         height, width = map(int, self.store.sizes[row])
         tokens = self.vocabulary.encode(self.vocabulary.prepare(self.store.texts[row]))
