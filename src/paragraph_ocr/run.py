@@ -75,13 +75,19 @@ def run(
     _quiet_lightning()
     began = time.perf_counter()
     pl.seed_everything(experiment.seed, workers=True, verbose=False)
-    vocabulary = build.build_vocabulary(experiment)
-    recognizer = build.build_recognizer(experiment, vocabulary)
-    learner = build.build_learner(experiment, recognizer, vocabulary)
-    _announce(experiment, learner)
-
     outputs = Path(experiment.outputs)
     name = experiment.name or run_name(overrides)
+    try:
+        vocabulary = build.build_vocabulary(experiment)
+        recognizer = build.build_recognizer(experiment, vocabulary)
+        learner = build.build_learner(experiment, recognizer, vocabulary)
+    except Exception:
+        # a person's mistake leaves nothing behind; a trial that cannot be built is a result
+        refused = _track(experiment, outputs, name=name, tags=tags) if tags else None
+        with refused.ending() if refused else nullcontext():
+            raise
+    _announce(experiment, learner)
+
     if first:
         folder = make_folder(parent_folder or outputs / "runs", stem or _stem(name))
         os.environ[FOLDER_VARIABLE] = str(folder)
@@ -275,5 +281,6 @@ def _quiet_lightning() -> None:
         ".*LeafSpec.*",
         ".*GPU available but not used.*",
         ".*isinstance.treespec, LeafSpec.*",
+        ".*module.s. in eval mode at the start of training.*",
     ):
         warnings.filterwarnings("ignore", text)

@@ -17,6 +17,7 @@ from paragraph_ocr.config import (
     Experiment,
     FolderData,
     GeneratedData,
+    StudyConfig,
     TrainerConfig,
     register_schema,
 )
@@ -165,6 +166,8 @@ def _join(path: str, key: str) -> str:
 def _schema(node: type = Experiment, path: str = "") -> dict[str, Any]:
     """Return the type of every dotted key below a dataclass, of every kind of data module."""
     keys: dict[str, Any] = {}
+    if node is Experiment:
+        keys |= _schema(StudyConfig, "hydra.sweeper")
     kinds = [DataConfig, *SCHEMAS.values()] if node is DataConfig else [node]
     for kind in kinds:
         for key, hint in get_type_hints(kind).items():

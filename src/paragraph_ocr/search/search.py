@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -36,7 +37,7 @@ from paragraph_ocr.search.study import (
     why_unusable,
 )
 from paragraph_ocr.search.view import LiveView
-from paragraph_ocr.validation import validate
+from paragraph_ocr.validation import REFUSALS, explain, validate
 
 WORKER_VARIABLE = "PARAGRAPH_OCR_WORKER"
 """Environment variable that tells a process that another one shows and reports the search."""
@@ -54,6 +55,11 @@ class Work:
     study: SharedStudy
     space: Space
     objective: list[str]
+
+    def job(self, trial: Trial, params: Mapping[str, Any]) -> list[str]:
+        """Return what Hydra's launcher is to run."""
+        named = f"name={self.title(trial, params)}"
+        return [*self.overrides(params), f"trial={trial.number}", named]
 
     def overrides(self, params: Mapping[str, Any]) -> list[str]:
         return [*self.space.fixed, *self.space.overrides(params)]
@@ -127,6 +133,10 @@ class Search:
         self.is_helper = WORKER_VARIABLE in os.environ
         self._defaults = self._compose(self.space.fixed)  # what trials change
         experiment = self._experiment(self._defaults)
+        if options.sampler.get("_target_") == "optuna.samplers.BruteForceSampler":
+            self.space.require_finite()
+        # an expression that cannot be computed would look like a config that is impossible
+        self.space.broken(_plain(self._defaults), _plain(self._defaults.hydra.runtime.choices))
         self.study = self._open(options.study_name, options.n_trials, self._identity(experiment))
         self.work = Work(self.study, self.space, self.objective)
         self._began = time.time()
@@ -140,6 +150,10 @@ class Search:
             Stopped: too many trials failed in a row.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        # here and once, not by each process for itself
+        with console.progress("render") as progress:
+            workers = len(os.sched_getaffinity(0))
+            self.corpus.prepare(self.outputs / "data", num_workers=workers, progress=progress)
         with self._reporting(), self._helpers():
             done = self._complete(self.work)
             winners = self._winners()
@@ -210,7 +224,7 @@ class Search:
             work.study.withdraw(trial, "duplicate", "another trial has these parameters")
             return trial, params, "duplicate"
         try:
-            composed = self._compose([*work.overrides(params), f"trial={trial.number}"])
+            composed = self._compose(work.job(trial, params))
             broken = work.space.broken(_plain(composed), _plain(composed.hydra.runtime.choices))
             refusal = broken and f"{broken} does not hold"
             self._experiment(composed)
@@ -224,10 +238,7 @@ class Search:
         self, work: Work, batch: Sequence[tuple[Trial, dict[str, Any]]], began: float
     ) -> None:
         """Run the trials, and tell the study how each ended; `began` is when they were asked for."""
-        jobs = [
-            [*work.overrides(params), f"trial={trial.number}", f"name={work.title(trial, params)}"]
-            for trial, params in batch
-        ]
+        jobs = [work.job(trial, params) for trial, params in batch]
         trials = [trial for trial, _ in batch]
         try:
             with work.study.lease(trials):
@@ -251,6 +262,7 @@ class Search:
         metrics: dict[str, float] = shown["metrics"]
         told = {"metrics": metrics, "folder": shown["folder"], "seconds": seconds}
         told["overhead_seconds"] = seconds - shown["fit_seconds"]
+        told["memory_mib"] = shown["memory_mib"]
         for key, value in told.items():
             work.study.set_attribute(trial, key, value)
         if shown["pruned"]:
@@ -294,7 +306,10 @@ class Search:
     # --- configs ------------------------------------------------------------------------------
 
     def _compose(self, overrides: Sequence[str]) -> DictConfig:
-        return self.loader.load_sweep_config(self.config, list(overrides))
+        try:
+            return self.loader.load_sweep_config(self.config, list(overrides))
+        except REFUSALS as error:
+            raise explain(error) from error
 
     def _experiment(self, composed: DictConfig) -> Experiment:
         task = composed.copy()
@@ -308,7 +323,7 @@ class Search:
         from paragraph_ocr.run import flatten
 
         vocabulary = build.build_vocabulary(experiment)
-        corpus = build.build_corpus(experiment.datamodule, vocabulary, seed=experiment.seed)
+        self.corpus = build.build_corpus(experiment.datamodule, vocabulary, seed=experiment.seed)
         free = {"outputs", "name", "trial", "datamodule.num_workers", "datamodule.root"}
         free |= {"trainer.accelerator", "trainer.devices", "trainer.profiler"}
         swept = set(self.space.distributions)
@@ -323,7 +338,7 @@ class Search:
             ),
             **self.space.describe(),
             **fixed,
-            "data": corpus.fingerprint()[:12],
+            "data": self.corpus.fingerprint()[:12],
         }
 
     def _open(self, name: str, total: int, identity: Mapping[str, str]) -> SharedStudy:
@@ -474,7 +489,9 @@ def _sampler(config: Mapping[str, Any], seed: int, plain: bool) -> optuna.sample
         return optuna.samplers.RandomSampler(seed=seed)
     made = {**config, "seed": None if base is None else base * 1_000_003 + seed}
     try:
-        return instantiate(made)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return instantiate(made)
     except Exception as error:  # what instantiate wraps a TypeError or ValueError in
         first = str(error).splitlines()[0]
         raise UserError(f"hydra.sweeper.sampler={dict(config)}: {first}") from error

@@ -117,6 +117,19 @@ class Space:
                     return None
         return None if self.when else total
 
+    def require_finite(self) -> None:
+        """Check that every combination can be tried.
+
+        Raises:
+            UserError: a parameter has any number of values.
+        """
+        for key, distribution in self.distributions.items():
+            if isinstance(distribution, FloatDistribution) and distribution.step is None:
+                raise UserError(
+                    f"hydra/sweeper/sampler=grid tries every value, and {key} has any number of them. "
+                    f"Pass {key}=<value>,<value>,... or another sampler."
+                )
+
     def describe(self) -> dict[str, str]:
         """Return what makes the space, in words that can be compared between two searches."""
         told = {key: str(value) for key, value in self.distributions.items()}

@@ -27,16 +27,21 @@ from typing import Any
 import optuna
 import psutil
 from optuna import Trial
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from paragraph_ocr.errors import UserError
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 SECONDS_BETWEEN_LEASES = 5.0
+SECONDS_TO_CHOOSE = 3.0
+"""That one process waits for another to choose its parameters."""
+
 SECONDS_TO_LOST = 30.0
 """A trial of another machine whose lease stood still for so long is lost."""
 
@@ -56,8 +61,8 @@ def open_storage(url: str) -> BaseStorage:
             path.parent.mkdir(parents=True, exist_ok=True)
             return JournalStorage(JournalFileBackend(str(path), lock_obj=_FileLock(path)))  # type: ignore[arg-type]
         return optuna.storages.RDBStorage(url)
-    except (OSError, ImportError, ValueError, optuna.exceptions.StorageInternalError) as error:
-        first = str(error).splitlines()[0]
+    except (OSError, ImportError, ValueError, SQLAlchemyError, StorageInternalError) as error:
+        first = str(error).splitlines()[0].rstrip(".")
         raise UserError(
             f"hydra.sweeper.storage={url} cannot be opened: {first}. "
             "Pass journal:///<file>, or an SQLAlchemy URL."
@@ -118,6 +123,42 @@ def counts(trial: FrozenTrial) -> bool:
     return verdict(trial) in ("complete", "pruned", "failed")
 
 
+class _SeededByNumber(BaseSampler):
+    """A sampler made anew for each trial and seeded by its number: no two processes draw alike."""
+
+    def __init__(self, make: Callable[[int, bool], BaseSampler], at_random: bool) -> None:
+        self._make, self._at_random = make, at_random
+        self._inner = make(0, at_random)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._inner = self._make(trial.number, self._at_random)
+        self._inner.before_trial(study, trial)
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, Any]:
+        return self._inner.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]
+    ) -> dict[str, Any]:
+        return self._inner.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: Any
+    ) -> Any:
+        return self._inner.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        self._inner.after_trial(study, trial, state, values)
+
+
 class SharedStudy:
     """A study to be worked to `total` counted trials.
 
@@ -137,7 +178,7 @@ class SharedStudy:
         directions: Sequence[str],
         total: int,
         identity: Mapping[str, str],
-        make_sampler: Callable[[int, bool], optuna.samplers.BaseSampler],
+        make_sampler: Callable[[int, bool], BaseSampler],
         pruner: optuna.pruners.BasePruner | None = None,
     ) -> None:
         self.name, self.total, self.storage_url = name, total, storage
@@ -195,7 +236,7 @@ class SharedStudy:
                 if verdict(trial) == "lost" and not _is_retried(trial, trials):
                     self.study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
                     break
-        self.study.sampler = self._make_sampler(len(trials), self.draw_at_random)
+        self.study.sampler = _SeededByNumber(self._make_sampler, self.draw_at_random)
         taken = self.study.ask()
         taken.set_user_attr("owner", _owner())
         return None if self._has_lost_the_race(taken) else taken
@@ -214,7 +255,19 @@ class SharedStudy:
         return False
 
     def is_duplicate(self, trial: Trial) -> bool:
-        """Return whether a trial with a lower number runs, or ran, with the same parameters."""
+        """Return whether a trial with a lower number runs, or ran, with the same parameters.
+
+        Waits for the others to have chosen theirs.
+        """
+        self.set_attribute(trial, "chosen", True)
+        began = time.monotonic()
+        while time.monotonic() - began < SECONDS_TO_CHOOSE and any(
+            other.state == TrialState.RUNNING
+            and other.number < trial.number
+            and "chosen" not in other.user_attrs
+            for other in self.trials()
+        ):
+            time.sleep(0.02)
         return any(
             other.params == trial.params and other.number < trial.number
             for other in self.trials()
@@ -234,13 +287,13 @@ class SharedStudy:
         state = TrialState.PRUNED if pruned else TrialState.COMPLETE
         try:
             self.study.tell(trial.number, None if pruned else list(values or ()), state)
-        except UpdateFinishedTrialError:
-            pass  # given up for lost while this process stood still: it runs again
-        except (ValueError, RuntimeError) as error:
-            # BruteForceSampler wants to stop a loop of Optuna's own once it has seen everything
-            if "stop" not in str(error).lower() and "finished" not in str(error).lower():
+        except (UpdateFinishedTrialError, ValueError, RuntimeError) as error:
+            now = self.trials()[trial.number].state
+            if not now.is_finished():
                 raise
-            self.exhausted = "stop" in str(error).lower()
+            # either it was given up for lost while this process stood still, and runs again, or
+            # BruteForceSampler wants to stop a loop of Optuna's own, having seen everything
+            self.exhausted = now == state and isinstance(error, RuntimeError)
 
     def set_attribute(self, trial: Trial, key: str, value: Any) -> None:
         with contextlib.suppress(UpdateFinishedTrialError):

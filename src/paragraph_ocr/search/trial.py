@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -53,8 +54,17 @@ def run_trial(experiment: Experiment, sweeper: Any) -> dict[str, Any]:
         "metrics": outcome.metrics,
         "folder": str(outcome.folder),
         "fit_seconds": outcome.fit_seconds,
+        "memory_mib": _memory_mib(),
         "pruned": watch.pruned,
     }
+
+
+def _memory_mib() -> dict[str, float]:
+    """Return what this process holds after a trial, of the host's memory and of the GPU's."""
+    held = {"host": psutil.Process().memory_info().rss / 2**20}
+    if torch.cuda.is_available():
+        held["gpu"] = torch.cuda.memory_reserved() / 2**20
+    return held
 
 
 def _judge(
