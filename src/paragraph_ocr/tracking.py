@@ -1,5 +1,6 @@
 """MLflow: a run opened once, told the truth about its end, with what a person compares in it."""
 
+import fcntl
 import functools
 import json
 import logging
@@ -48,22 +49,24 @@ def open_experiment(
 ) -> tuple[mlflow.MlflowClient, str]:
     """Return a client and the experiment's id; both are made if this is the first run.
 
-    A sweep calls it before its jobs start: processes that create a fresh SQLite file together crash.
+    One process at a time: several that create a fresh SQLite file together crash.
     """
     outputs.mkdir(parents=True, exist_ok=True)
-    client = mlflow.MlflowClient(database_uri(outputs, uri))
-    existing = client.get_experiment_by_name(name)
-    if existing is not None:
-        return client, existing.experiment_id
-    try:
-        # the default place is the working directory of whoever came first, fixed for ever
-        location = (outputs / "artifacts").resolve().as_uri()
-        return client, client.create_experiment(name, artifact_location=location)
-    except MlflowException:  # another process was faster, or it was deleted in the UI
+    with (outputs / "mlflow.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        client = mlflow.MlflowClient(database_uri(outputs, uri))
         existing = client.get_experiment_by_name(name)
-        if existing is None:
-            raise
-        return client, existing.experiment_id
+        if existing is not None:
+            return client, existing.experiment_id
+        try:
+            # the default place is the working directory of whoever came first, fixed for ever
+            location = (outputs / "artifacts").resolve().as_uri()
+            return client, client.create_experiment(name, artifact_location=location)
+        except MlflowException:  # another machine was faster, or it was deleted in the UI
+            existing = client.get_experiment_by_name(name)
+            if existing is None:
+                raise
+            return client, existing.experiment_id
 
 
 class TrackedRun:

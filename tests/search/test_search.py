@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,8 +15,9 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+import yaml
+from quick_search import command, environment, runs, search
 
-from conftest import command, environment, runs, search
 from paragraph_ocr.build import build_recognizer, build_vocabulary, load_weights
 from paragraph_ocr.search.study import counts, open_storage, verdict
 from paragraph_ocr.validation import compose, validate
@@ -66,7 +68,24 @@ def test_a_search_leaves_a_parent_with_table_and_plots_and_children_by_name(conf
     assert again.returncode == 0
     assert len(runs(outputs)) == 4, "nothing is left to do"
 
-    # without -m, and with another objective, space or data, the study refuses
+    # the best is trained again as a single run, with what is typed beside it
+    script = [sys.executable, str(ROOT / "scripts" / "best.py"), str(outputs / "studies" / "quick")]
+    typed = ["--config-dir", str(conf), "trainer.max_epochs=1"]
+    done = subprocess.run(
+        [*script, *typed], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (config,) = outputs.glob("runs/*/config.yaml")
+    alone = yaml.safe_load(config.read_text())
+    assert alone["optimizer"]["lr"] == best.params["optimizer.lr"]
+    assert alone["trainer"]["max_epochs"] == 1
+    assert alone["trial"] is None
+    for wrong in ([*script, "--trial=77"], [*script[:2], str(tmp_path)]):
+        done = subprocess.run(wrong, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 2
+        assert len(done.stderr.strip().splitlines()) == 1
+
+    # with another objective, space or data, the study refuses
     for changed, said in (
         ("hydra.sweeper.objective=val/cer", "objective=minimize val/loss (now minimize val/cer)"),
         ("optimizer.lr=interval(0.1, 0.2)", "optimizer.lr="),

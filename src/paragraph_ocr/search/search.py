@@ -138,6 +138,7 @@ class Search:
         # an expression that cannot be computed would look like a config that is impossible
         self.space.broken(_plain(self._defaults), _plain(self._defaults.hydra.runtime.choices))
         self.study = self._open(options.study_name, options.n_trials, self._identity(experiment))
+        self.study.study.set_user_attr("overrides", self.space.fixed)
         self.work = Work(self.study, self.space, self.objective)
         self._began = time.time()
         self._view: LiveView | None = None

@@ -357,6 +357,43 @@ class SharedStudy:
         return [self.study.best_trial]
 
 
+def best_trial(study: optuna.Study, number: int | None = None) -> FrozenTrial:
+    """Return the trial of that number, or the best by the first objective.
+
+    Raises:
+        UserError: there is none, or it did not complete.
+    """
+    trials = study.get_trials(deepcopy=False)
+    complete = {t.number: t for t in trials if t.state == TrialState.COMPLETE}
+    if number is not None and number not in complete:
+        raise UserError(
+            f"Trial {number} of {study.study_name} did not complete; these did: "
+            f"{', '.join(map(str, complete)) or 'none'}. Pass the number of one of them."
+        )
+    if not complete:
+        raise UserError(
+            f"No trial of {study.study_name} has completed. Go on with the search first."
+        )
+    if number is not None:
+        return complete[number]
+    least = study.directions[0] == optuna.study.StudyDirection.MINIMIZE
+    return (min if least else max)(complete.values(), key=lambda trial: trial.values)
+
+
+def overrides_to_repeat(
+    study: optuna.Study, trial: FrozenTrial, further: Sequence[str]
+) -> list[str]:
+    """Return what to type for a single run with a trial's parameters; `further` wins."""
+    from paragraph_ocr.search.space import Space
+
+    chosen = [*study.user_attrs["overrides"], *Space({}).overrides(trial.params)]
+    keys = {override.partition("=")[0].lstrip("+~") for override in further}
+    kept = [part for part in chosen if part.partition("=")[0].lstrip("+~") not in keys]
+    name = f"name={study.study_name} {trial.number:04d} again"
+    # flags, such as --config-dir, must come before the first override
+    return [*further, *kept, "hydra.mode=RUN", *([] if "name" in keys else [name])]
+
+
 def why_unusable(names: Sequence[str], metrics: Mapping[str, float]) -> str | None:
     """Return why a run's metrics are no objective values, or None if they are."""
     for name in names:
