@@ -107,7 +107,7 @@ def _page(index: int, *, scale: float, seed: int) -> Page:
     )
     ink = cv2.resize(drawing.image, None, fx=smaller, fy=smaller, interpolation=cv2.INTER_CUBIC)
     left, top = round(0.1 * width), round(0.215 * height)
-    paper = generator.normal(246, 2.5, size=(height, width)).astype(np.float32)
+    paper = generator.normal(246, 1.5, size=(height, width)).astype(np.float32)
     strength = generator.uniform(110, 200)
     paper[top : top + ink.shape[0], left : left + ink.shape[1]] -= ink * (strength / 255)
     image = Image.fromarray(np.clip(paper, 0, 255).astype(np.uint8))

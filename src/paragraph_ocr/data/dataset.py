@@ -13,7 +13,7 @@ from paragraph_ocr.vocabulary import Vocabulary
 
 
 class Item(NamedTuple):
-    """One paragraph: canvas "H W", token ids, true height and width, row in the store."""
+    """One paragraph: canvas "H W", token ids, true height and width, row in the store (-1: in none)."""
 
     image: np.ndarray
     tokens: list[int]
@@ -29,6 +29,10 @@ class ParagraphDataset(Dataset[Item]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def first(self, count: int) -> "ParagraphDataset":
+        """Return the first paragraphs alone."""
+        return ParagraphDataset(self.store, self.rows[:count], self.vocabulary)
 
     def __getitem__(self, index: int) -> Item:
         row = self.rows[index]

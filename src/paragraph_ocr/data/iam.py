@@ -48,6 +48,9 @@ SCALES = (1.0, 0.5)
 GREATEST_SCALE = 0.5
 """Lines and paragraphs are stored no larger than this, so that every copy gives the same ones."""
 
+LINE_CANVAS = (192, 1280)
+"""Height and width in pixels of the lines stored beside paragraphs: IAM's widest at half size fit."""
+
 NUM_FORMS = 1539
 """Of the whole database."""
 
