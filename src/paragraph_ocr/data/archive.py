@@ -101,7 +101,7 @@ class Source:
             budget = _Budget(self.path)
             with tarfile.open(fileobj=noted, mode="r:") as archive:  # type: ignore[call-overload]
                 while (info := archive.next()) is not None:
-                    archive.members = []  # it would keep every one
+                    archive.members = []  # type: ignore[attr-defined]  # it would keep every one
                     name = _safe(info.name, self.path)
                     if info.issym() or info.islnk():
                         # a hard link names its target from the top of the archive

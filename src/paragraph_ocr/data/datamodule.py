@@ -19,7 +19,6 @@ from paragraph_ocr.data.text import SPLITS
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.vocabulary import Vocabulary
 
-
 _NAMED = 20  # paragraphs named in a message
 
 
