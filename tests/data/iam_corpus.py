@@ -138,7 +138,7 @@ def _page(index: int, *, scale: float, seed: int) -> Page:
 @lru_cache(maxsize=1)
 def _material() -> tuple[list[fonts.Face], Passages]:
     faces, _ = fonts.load_faces(None, characters=CHARACTERS)
-    return faces, Passages(None, characters=CHARACTERS, random_share=0)
+    return faces, Passages(None, characters=CHARACTERS, random_share=0.0)
 
 
 def _words(passages: Passages, generator: np.random.Generator, *, length: int) -> list[str]:

@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO
 
 from paragraph_ocr.errors import UserError
 
@@ -97,7 +96,7 @@ class Source:
             gzipped = packed.read(2) == b"\x1f\x8b"
             packed.seek(0)
             whole = gzip.GzipFile(fileobj=packed) if gzipped else packed
-            noted = _LastRead(whole)  # type: ignore[arg-type]
+            noted = _LastRead(whole)
             budget = _Budget(self.path)
             with tarfile.open(fileobj=noted, mode="r:") as archive:  # type: ignore[call-overload]
                 while (info := archive.next()) is not None:
@@ -229,7 +228,7 @@ class _Budget:
 class _LastRead(io.RawIOBase):
     """A file that remembers what was read of it last."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: io.BufferedIOBase) -> None:
         self._file, self.last = file, b""
 
     def read(self, size: int = -1) -> bytes:

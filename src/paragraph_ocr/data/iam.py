@@ -4,7 +4,6 @@ The official archives or their folders, the half-size zip of the FSDL lab, or Pa
 and paragraphs are cut out of the scanned forms; `lines.tgz` serves where there are no forms.
 """
 
-import io
 import math
 import re
 from collections import Counter
@@ -139,13 +138,15 @@ class IamCorpus:
             console.warn(f"IAM, split {self.split}: {remark}.")
         shelf = _Shelf(self, parts, descriptions, splits)
         rows: list[PackedParagraph] = []
+        done: set[str] = set()
         made = in_order(
             partial(_cut_out, self), shelf.scans(), num_workers=num_workers, chunk=_CHUNK
         )
-        for found in made:
+        for form, found in made:
             rows += found
+            done.add(form)
             if progress is not None:
-                progress(len(shelf.seen), len(splits.forms))
+                progress(len(done), len(splits.forms))
         if remark := shelf.remark():
             console.warn(f"IAM: {remark}.")
         if not rows:
@@ -317,7 +318,7 @@ def _split_of(path: Path, folder: Path) -> str:
 
 def _read_record(corpus: IamCorpus, dealt: tuple[str, parquet.Record]) -> PackedParagraph:
     split, record = dealt
-    grey = read_grey(io.BytesIO(record.image), where=record.where)
+    grey = read_grey(record.image, where=record.where)
     # the hub's copies of IAM lines are 128 px tall or of full size; none is of half size
     return _pack(
         grey,
@@ -330,10 +331,10 @@ def _read_record(corpus: IamCorpus, dealt: tuple[str, parquet.Record]) -> Packed
     )
 
 
-def _cut_out(corpus: IamCorpus, scan: Scan) -> list[PackedParagraph]:
-    """Return the form's paragraph and the lines that are wanted."""
-    grey = read_grey(io.BytesIO(scan.data), where=scan.where)
-    form, rows = scan.form, []
+def _cut_out(corpus: IamCorpus, scan: Scan) -> tuple[str, list[PackedParagraph]]:
+    """Return the form's id, and its paragraph and the lines that are wanted."""
+    grey = read_grey(scan.data, where=scan.where)
+    form = scan.form
     canvas = (corpus.height, corpus.width)
     line_canvas = canvas if corpus.unit == "lines" else corpus.lines_beside or canvas
     if scan.of_line:
@@ -348,11 +349,10 @@ def _cut_out(corpus: IamCorpus, scan: Scan) -> list[PackedParagraph]:
         pieces += [
             (_crop(grey, line.box, scale), line.text, line.id, line_canvas) for line in scan.lines
         ]
-    for piece, text, source, room in pieces:
-        rows.append(
-            _pack(piece, scale, text, room, split=scan.split, source=source, writer=form.writer)
-        )
-    return rows
+    return form.id, [
+        _pack(piece, scale, text, room, split=scan.split, source=source, writer=form.writer)
+        for piece, text, source, room in pieces
+    ]
 
 
 def _pack(

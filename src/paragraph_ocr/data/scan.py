@@ -1,9 +1,9 @@
 """A scan or photograph to a page of ink: any format, either polarity, uneven paper."""
 
+import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -36,20 +36,22 @@ def read_scan(path: Path) -> np.ndarray:
     return ink(read_grey(path, where=str(path)))
 
 
-def read_grey(file: Path | BinaryIO, *, where: str) -> np.ndarray:
+def read_grey(file: Path | bytes, *, where: str) -> np.ndarray:
     """Return the image as grey, uint8 (H, W).
 
     Grey, RGB, palette, CMYK and 16-bit images; transparency shows white paper; the camera's
     orientation is obeyed.
 
     Args:
+        file: a path, or the bytes of a file.
         where: the path to name to a person.
 
     Raises:
         UserError: not an image of FORMATS, broken, or larger than MAX_PIXELS.
     """
+    opened = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
-        with warnings.catch_warnings(), Image.open(file, formats=FORMATS) as image:
+        with warnings.catch_warnings(), Image.open(opened, formats=FORMATS) as image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(

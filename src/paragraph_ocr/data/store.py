@@ -13,6 +13,7 @@ import io
 import os
 import time
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -100,8 +101,9 @@ class StoreWriter:
     def __enter__(self) -> "StoreWriter":
         self._path.parent.mkdir(parents=True, exist_ok=True)
         for left in self._path.parent.glob(f".{self._path.name}.*.tmp"):
-            if time.time() - left.stat().st_mtime > _ABANDONED_S:
-                left.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # its writer is done
+                if time.time() - left.stat().st_mtime > _ABANDONED_S:
+                    left.unlink()
         try:
             self._disk = _Disk(self._aside)
         except OSError as error:
