@@ -46,8 +46,8 @@ class TrueLine:
     text: str
     box: Box
     """Left, top, right, bottom in pixels at full size."""
-    components: tuple[tuple[str, Box], ...]
-    """Words and their boxes."""
+    components: tuple[tuple[str, tuple[Box, ...]], ...]
+    """Words, and the boxes of their strokes; a word may have none."""
 
 
 @dataclass(frozen=True)
@@ -114,15 +114,11 @@ def _page(index: int, *, scale: float, seed: int) -> Page:
     _print(image, identity, " ".join(words))
 
     lines = []
-    for number, (text, box) in enumerate(zip(drawing.lines, drawing.boxes.tolist(), strict=True)):
-        box = [max(0, edge) * smaller for edge in box]
-        place = (
-            left + box[0],
-            top + box[1],
-            left + min(box[2], ink.shape[1]),
-            top + min(box[3], ink.shape[0]),
-        )
-        lines.append(TrueLine(f"{identity}-{number:02d}", text, place, _components(text, place)))
+    parts, of_line = _connected(drawing.image, drawing.boxes)
+    parts = parts * smaller + np.array([left, top, left, top])
+    for number, text in enumerate(drawing.lines):
+        mine = parts[of_line == number]
+        lines.append(_line(f"{identity}-{number:02d}", text, mine))
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=2)
     return Page(
@@ -153,16 +149,40 @@ def _words(passages: Passages, generator: np.random.Generator, *, length: int) -
     return words
 
 
-def _components(text: str, box: Box) -> tuple[tuple[str, Box], ...]:
-    """Return the words, each with its part of the line's box."""
-    left, top, right, bottom = box
-    parts, done = [], 0
-    for word in text.split():
-        begin = left + (right - left) * done // len(text)
-        done += len(word) + 1
-        end = left + (right - left) * min(done, len(text)) // len(text)
-        parts.append((word, (begin, top, max(begin + 1, end), bottom)))
-    return tuple(parts)
+def _connected(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the boxes (n, 4) of connected strokes, and the line that each belongs to.
+
+    A stroke belongs to the line that runs nearest to its middle; all lines share a slope.
+    """
+    _, _, stats, middles = cv2.connectedComponentsWithStats((image > 40).astype(np.uint8))
+    x, y, width, height = stats[1:, :4].T  # the first is the paper
+    parts = np.stack([x, y, x + width, y + height], axis=1)
+    middles = middles[1:]
+    heights, slope = boxes[:, [1, 3]].mean(axis=1), 0.0
+    centre = image.shape[1] / 2
+    for _ in range(5):
+        distances = np.abs(middles[:, 1:] - slope * (middles[:, :1] - centre) - heights)
+        of_line = distances.argmin(axis=1)
+        across = np.column_stack([middles[:, 0] - centre, np.eye(len(boxes))[of_line]])
+        solved = np.linalg.lstsq(across, middles[:, 1], rcond=None)[0]
+        slope = float(solved[0])
+        heights = np.where(np.bincount(of_line, minlength=len(boxes)) > 0, solved[1:], heights)
+    return parts, of_line
+
+
+def _line(identity: str, text: str, parts: np.ndarray) -> TrueLine:
+    """Return a line of which these are the strokes, dealt to its words from left to right."""
+    parts = parts[parts[:, 0].argsort()]
+    box = (*parts[:, :2].min(axis=0).tolist(), *parts[:, 2:].max(axis=0).tolist())
+    words = text.split()
+    begins = np.cumsum([0, *(len(word) + 1 for word in words)]) / (len(text) + 1)
+    places = (parts[:, [0, 2]].mean(axis=1) - box[0]) / (box[2] - box[0])
+    of_word = np.clip(np.searchsorted(begins, places, side="right") - 1, 0, len(words) - 1)
+    components = tuple(
+        (word, tuple(map(tuple, parts[of_word == index].tolist())))
+        for index, word in enumerate(words)
+    )
+    return TrueLine(identity, text, box, components)
 
 
 def _print(image: Image.Image, identity: str, text: str) -> None:
@@ -198,12 +218,10 @@ def xml(page: Page) -> str:
     lines = []
     for line in page.lines:
         words = []
-        for number, (word, (left, top, right, bottom)) in enumerate(line.components):
-            middle = (left + right) // 2
-            parts = [(left, middle), (middle, right)] if middle > left else [(left, right)]
+        for number, (word, strokes) in enumerate(line.components):
             boxes = "".join(
-                f'<cmp x="{a}" y="{top}" width="{b - a}" height="{bottom - top}"/>'
-                for a, b in parts
+                f'<cmp x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"/>'
+                for left, top, right, bottom in strokes
             )
             words.append(
                 f'<word tag="NN" text={quoted(word)} id="{line.id}-{number:02d}">{boxes}</word>'

@@ -266,7 +266,9 @@ def test_the_reference_counts_of_a_whole_copy_are_reached():
             total = counts["trainset"] + counts[""] if share == "" else count
             place = index + (counts["trainset"] if name == "" else 0)
             many = lines[share] * (place + 1) // total - lines[share] * place // total
-            written = tuple(Line(f"{identity}-{n:02d}", "a", Box(0, 0, 1, 1)) for n in range(many))
+            written = tuple(
+                Line(f"{identity}-{n:02d}", "a", (Box(0, 0, 1, 1),)) for n in range(many)
+            )
             forms[identity] = Form(identity, f"{name}{index // 3}", written, None)
             if name:
                 lists.setdefault(f"{name}.txt", []).append(f"{identity}-00")

@@ -38,6 +38,8 @@ from paragraph_ocr.errors import UserError
 PADDING_PX = 16
 """Around a box at full size; the FSDL lab's 8 px at half size."""
 
+_AROUND_PX = 3  # at full size: the grey edge of a stroke lies outside of its component
+
 FULL_SIZE = (3542, 2479)
 """Height and width in pixels of IAM's forms (300 dpi), for copies that do not say."""
 
@@ -347,7 +349,7 @@ def _cut_out(corpus: IamCorpus, scan: Scan) -> tuple[str, list[PackedParagraph]]
         if corpus.unit == "paragraphs":
             pieces.append((_crop(grey, form.box, scale), form.text, form.id, canvas))
         pieces += [
-            (_crop(grey, line.box, scale), line.text, line.id, line_canvas) for line in scan.lines
+            (_crop_line(grey, line, scale), line.text, line.id, line_canvas) for line in scan.lines
         ]
     return form.id, [
         _pack(piece, scale, text, room, split=scan.split, source=source, writer=form.writer)
@@ -413,3 +415,16 @@ def _crop(grey: np.ndarray, box: Box, scale: float) -> np.ndarray:
     left, top = (max(0, round((edge - PADDING_PX) * scale)) for edge in box[:2])
     right, bottom = (round((edge + PADDING_PX) * scale) for edge in box[2:])
     return grey[top:bottom, left:right]
+
+
+def _crop_line(grey: np.ndarray, line: Line, scale: float) -> np.ndarray:
+    """Return the line's box, padded, with paper where its components are not."""
+    crop = _crop(grey, line.box, scale)
+    left, top = (max(0, round((edge - PADDING_PX) * scale)) for edge in line.box[:2])
+    own = np.zeros(crop.shape, bool)
+    for box in line.components:
+        x0, y0 = (round((edge - _AROUND_PX) * scale) for edge in box[:2])
+        x1, y1 = (round((edge + _AROUND_PX) * scale) for edge in box[2:])
+        own[max(0, y0 - top) : max(0, y1 - top), max(0, x0 - left) : max(0, x1 - left)] = True
+    paper = int(np.median(crop))
+    return np.where(own, crop, np.uint8(paper))

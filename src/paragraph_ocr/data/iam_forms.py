@@ -6,7 +6,7 @@ with less care for spaces, in `ascii/forms.txt` and `ascii/lines.txt`.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import NamedTuple
@@ -54,16 +54,22 @@ class Box(NamedTuple):
     right: int
     bottom: int
 
-    def union(self, other: "Box") -> "Box":
-        return Box(*map(min, self[:2], other[:2]), *map(max, self[2:], other[2:]))
+
+def _around(boxes: Sequence[Box]) -> Box:
+    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
+    return Box(min(lefts), min(tops), max(rights), max(bottoms))
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
     id: str
     text: str
-    box: Box
-    """Around the line's components."""
+    components: tuple[Box, ...]
+    """Connected strokes; all but these belongs to other lines."""
+
+    @property
+    def box(self) -> Box:
+        return _around(self.components)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +89,7 @@ class Form:
     @property
     def box(self) -> Box:
         """Around all lines."""
-        box = self.lines[0].box
-        for line in self.lines[1:]:
-            box = box.union(line.box)
-        return box
+        return _around([line.box for line in self.lines])
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,10 +194,7 @@ def _parse_line(element: Element) -> Line:
         boxes.append(Box(left, top, left + width, top + height))
     if not boxes:
         raise ValueError(f"line {identity} has no components, and so no place")
-    box = boxes[0]
-    for other in boxes[1:]:
-        box = box.union(other)
-    return Line(identity, _plain(element.attrib["text"]), box)
+    return Line(identity, _plain(element.attrib["text"]), tuple(boxes))
 
 
 def _plain(text: str) -> str:
@@ -242,7 +242,7 @@ def parse_tables(forms: Member, lines: Member) -> list[Form]:
             raise UserError(f"{where}: {error}. Fetch the file again.") from error
         box = Box(left, top, left + width, top + height)
         text = join_tokens(" ".join(fields[8:]).split("|"))
-        written.setdefault(found[1], []).append(Line(fields[0], text, box))
+        written.setdefault(found[1], []).append(Line(fields[0], text, (box,)))
     found_forms = [
         Form(identity, writers[identity], tuple(found), None) for identity, found in written.items()
     ]
