@@ -152,22 +152,34 @@ def _words(passages: Passages, generator: np.random.Generator, *, length: int) -
 def _connected(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the boxes (n, 4) of connected strokes, and the line that each belongs to.
 
-    A stroke belongs to the line that runs nearest to its middle; all lines share a slope.
+    A stroke belongs to the line that runs nearest to its middle; all lines share a slope. Strokes of two
+    lines that touch are cut apart between them.
     """
-    _, _, stats, middles = cv2.connectedComponentsWithStats((image > 40).astype(np.uint8))
-    x, y, width, height = stats[1:, :4].T  # the first is the paper
-    parts = np.stack([x, y, x + width, y + height], axis=1)
-    middles = middles[1:]
+    ink = (image > 40).astype(np.uint8)
+    across = np.arange(image.shape[1]) - image.shape[1] / 2
     heights, slope = boxes[:, [1, 3]].mean(axis=1), 0.0
-    centre = image.shape[1] / 2
-    for _ in range(5):
-        distances = np.abs(middles[:, 1:] - slope * (middles[:, :1] - centre) - heights)
-        of_line = distances.argmin(axis=1)
-        across = np.column_stack([middles[:, 0] - centre, np.eye(len(boxes))[of_line]])
-        solved = np.linalg.lstsq(across, middles[:, 1], rcond=None)[0]
-        slope = float(solved[0])
-        heights = np.where(np.bincount(of_line, minlength=len(boxes)) > 0, solved[1:], heights)
-    return parts, of_line
+    pitch = np.diff(heights).mean() if len(boxes) > 1 else image.shape[0]
+    for attempt in range(2):
+        _, labels, stats, middles = cv2.connectedComponentsWithStats(ink)
+        stats, middles = stats[1:], middles[1:]  # the first is the paper
+        for _ in range(5):
+            x = middles[:, :1] - image.shape[1] / 2
+            of_line = np.abs(middles[:, 1:] - slope * x - heights).argmin(axis=1)
+            solved = np.linalg.lstsq(
+                np.hstack([x, np.eye(len(boxes))[of_line]]), middles[:, 1], rcond=None
+            )[0]
+            slope = float(solved[0])
+            heights = np.where(np.bincount(of_line, minlength=len(boxes)) > 0, solved[1:], heights)
+        if attempt == 0:
+            tall = np.isin(labels, 1 + np.flatnonzero(stats[:, cv2.CC_STAT_HEIGHT] > 1.3 * pitch))
+            for between in (heights[1:] + heights[:-1]) / 2:
+                rows = np.rint(between + slope * across).astype(int).clip(0, image.shape[0] - 1)
+                columns = np.arange(image.shape[1])
+                ink[rows, columns] &= ~tall[rows, columns]
+                below = (rows + 1).clip(0, image.shape[0] - 1)  # strokes also meet at corners
+                ink[below, columns] &= ~tall[below, columns]
+    x, y, width, height = stats[:, :4].T
+    return np.stack([x, y, x + width, y + height], axis=1), of_line
 
 
 def _line(identity: str, text: str, parts: np.ndarray) -> TrueLine:

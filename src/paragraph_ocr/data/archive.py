@@ -116,6 +116,8 @@ class Source:
             if noted.last.strip(b"\0") or len(noted.last) < tarfile.BLOCKSIZE:
                 # tarfile takes any end for the end; a whole archive ends in blocks of zeros
                 raise tarfile.ReadError("its end is missing")
+            while noted.read(2**20):  # to the end, where gzip keeps its checksum
+                pass
 
 
 def sources(root: Path, *, skip: Collection[str] = ()) -> list[Source]:
