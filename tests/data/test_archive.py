@@ -63,7 +63,9 @@ def test_a_folder_is_read_like_an_archive_hidden_files_left_out(tmp_path):
         (tmp_path / name).write_bytes(data)
     write_zip(tmp_path / "b" / "more.zip")
     folder, archive = sources(tmp_path, skip=["words"])
-    found = {str(member.name): member.data for member in folder.members(lambda n: n.suffix != ".zip")}
+    found = {
+        str(member.name): member.data for member in folder.members(lambda n: n.suffix != ".zip")
+    }
     assert found == FILES
     assert archive.path.name == "more.zip"
 
@@ -120,7 +122,10 @@ def test_a_link_out_of_a_folder_is_refused(tmp_path):
 def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
     zeros = bytes(40 * 2**20)
     assert len(zeros) > MAX_RATIO * 50_000
-    for path in (write_zip(tmp_path / "x.zip", {"b": zeros}), write_tar(tmp_path / "x.tgz", {"b": zeros})):
+    for path in (
+        write_zip(tmp_path / "x.zip", {"b": zeros}),
+        write_tar(tmp_path / "x.tgz", {"b": zeros}),
+    ):
         with pytest.raises(UserError, match="bomb"):
             read(path)
     many = {f"{index}": zeros[: 10 * 2**20] for index in range(4)}  # none of them too large alone

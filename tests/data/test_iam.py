@@ -18,29 +18,14 @@ from paragraph_ocr.data.store import Store
 from paragraph_ocr.errors import UserError
 
 FORMS = 20
-SCALE = 0.25
-
-
-@pytest.fixture(scope="session")
-def pages() -> list[iam_corpus.Page]:
-    return list(iam_corpus.make_pages(FORMS, scale=SCALE))
-
-
-@pytest.fixture(scope="session")
-def copies(pages, tmp_path_factory):
-    """Return a folder with each layout in a folder of its own."""
-    root = tmp_path_factory.mktemp("iam")
-    for layout in iam_corpus.LAYOUTS:
-        iam_corpus.write(root / layout, pages, layout)
-    return root
 
 
 @pytest.fixture
-def copy(copies, tmp_path):
+def copy(iam_copies, tmp_path):
     """Return a function that copies a layout to where it may be spoilt."""
 
     def copy(layout):
-        return shutil.copytree(copies / layout, tmp_path / layout)
+        return shutil.copytree(iam_copies / layout, tmp_path / layout)
 
     return copy
 
@@ -64,46 +49,46 @@ def rows(store) -> dict:
 
 
 @pytest.mark.parametrize("layout", ["archives", "folders", "half"])
-def test_paragraphs_are_read_as_they_were_written(pages, copies, tmp_path, layout):
-    store = prepared(copies / layout, tmp_path)
-    assert rows(store) == {page.id: (page.text, page.split, page.writer) for page in pages}
+def test_paragraphs_are_read_as_they_were_written(iam_pages, iam_copies, tmp_path, layout):
+    store = prepared(iam_copies / layout, tmp_path)
+    assert rows(store) == {page.id: (page.text, page.split, page.writer) for page in iam_pages}
     assert store.sources == sorted(store.sources)
 
 
 @pytest.mark.parametrize("layout", ["archives", "folders", "half"])
-def test_lines_are_read_as_they_were_written(pages, copies, tmp_path, layout):
-    store = prepared(copies / layout, tmp_path, unit="lines")
+def test_lines_are_read_as_they_were_written(iam_pages, iam_copies, tmp_path, layout):
+    store = prepared(iam_copies / layout, tmp_path, unit="lines")
     assert rows(store) == {
-        line.id: (line.text, page.split, page.writer) for page in pages for line in page.lines
+        line.id: (line.text, page.split, page.writer) for page in iam_pages for line in page.lines
     }
 
 
-def test_lines_of_parquet_files_are_those_of_the_forms(pages, copies, tmp_path):
-    store = prepared(copies / "parquet", tmp_path, unit="lines")
+def test_lines_of_parquet_files_are_those_of_the_forms(iam_pages, iam_copies, tmp_path):
+    store = prepared(iam_copies / "parquet", tmp_path, unit="lines")
     assert Counter(zip(store.texts, store.splits, strict=True)) == Counter(
-        (line.text, page.split) for page in pages for line in page.lines
+        (line.text, page.split) for page in iam_pages for line in page.lines
     )
     assert len(set(store.sources)) == len(store)
     with pytest.raises(UserError, match="datamodule=iam_lines"):
-        prepared(copies / "parquet", tmp_path)
+        prepared(iam_copies / "parquet", tmp_path)
 
 
-def test_boxes_and_words_are_those_of_the_description(pages, copies):
+def test_boxes_and_words_are_those_of_the_description(iam_pages, iam_copies):
     for layout in ("archives", "folders", "half"):
-        parts = sources(copies / layout)
+        parts = sources(iam_copies / layout)
         forms = read_descriptions(parts, splitting="reference", root="").forms
-        assert list(forms) == sorted(page.id for page in pages)
-        for page in pages:
+        assert list(forms) == sorted(page.id for page in iam_pages)
+        for page in iam_pages:
             form = forms[page.id]
             assert form.size == page.size
             assert [line.box for line in form.lines] == [line.box for line in page.lines]
             assert [line.text for line in form.lines] == [line.text for line in page.lines]
 
 
-def test_a_paragraph_shows_all_of_its_lines_and_nothing_printed(pages, copies, tmp_path):
-    store = prepared(copies / "folders", tmp_path)
+def test_a_paragraph_shows_all_of_its_lines_and_nothing_printed(iam_pages, iam_copies, tmp_path):
+    store = prepared(iam_copies / "folders", tmp_path)
     for row, source in enumerate(store.sources):
-        page = next(page for page in pages if page.id == source)
+        page = next(page for page in iam_pages if page.id == source)
         lefts, tops, rights, bottoms = zip(*(line.box for line in page.lines), strict=True)
         around = (min(lefts) - PADDING_PX, min(tops) - PADDING_PX)
         size = (max(bottoms) + PADDING_PX - around[1], max(rights) + PADDING_PX - around[0])
@@ -115,9 +100,9 @@ def test_a_paragraph_shows_all_of_its_lines_and_nothing_printed(pages, copies, t
         assert found == pytest.approx(ink(whole).mean(), rel=0.25)
 
 
-def test_every_copy_gives_the_same_pictures(copies, tmp_path):
+def test_every_copy_gives_the_same_pictures(iam_copies, tmp_path):
     def images(layout, unit):
-        store = prepared(copies / layout, tmp_path, unit=unit)
+        store = prepared(iam_copies / layout, tmp_path, unit=unit)
         return {store.sources[row]: store.image(row) for row in range(len(store))}
 
     for unit in ("paragraphs", "lines"):
@@ -131,31 +116,31 @@ def test_every_copy_gives_the_same_pictures(copies, tmp_path):
             assert np.corrcoef(shrunk[0].ravel(), shrunk[1].ravel())[0, 1] > 0.8
 
 
-def test_the_tables_serve_where_there_is_no_xml(pages, copy, tmp_path):
+def test_the_tables_serve_where_there_is_no_xml(iam_pages, copy, tmp_path):
     folder = copy("archives")
     (folder / "xml.tgz").unlink()
     store = prepared(folder, tmp_path)
-    assert rows(store) == {page.id: (page.text, page.split, page.writer) for page in pages}
+    assert rows(store) == {page.id: (page.text, page.split, page.writer) for page in iam_pages}
     with_xml = prepared(copy("folders"), tmp_path)
     for row in range(len(store)):
         assert (store.image(row) == with_xml.image(row)).all()
 
 
-def test_lines_tgz_serves_where_there_are_no_forms(pages, copy, tmp_path):
+def test_lines_tgz_serves_where_there_are_no_forms(iam_pages, copy, tmp_path):
     folder = copy("archives")
     (folder / "formsE-H.tgz").unlink()
     store = prepared(folder, tmp_path, unit="lines")
     assert rows(store) == {
-        line.id: (line.text, page.split, page.writer) for page in pages for line in page.lines
+        line.id: (line.text, page.split, page.writer) for page in iam_pages for line in page.lines
     }
 
 
-def test_a_partial_copy_says_what_is_missing_and_serves(pages, copy, tmp_path, capsys):
+def test_a_partial_copy_says_what_is_missing_and_serves(iam_pages, copy, tmp_path, capsys):
     folder = copy("archives")
     (folder / "formsI-Z.tgz").unlink()
     (folder / "lines.tgz").unlink()
     store = prepared(folder, tmp_path)
-    here = [page for page in pages if page.id < "i"]
+    here = [page for page in iam_pages if page.id < "i"]
     assert sorted(store.sources) == sorted(page.id for page in here)
     said = " ".join(capsys.readouterr().out.split())
     assert f"{FORMS - len(here)} of {FORMS} forms have no image here" in said
@@ -164,16 +149,16 @@ def test_a_partial_copy_says_what_is_missing_and_serves(pages, copy, tmp_path, c
     assert f"{counts['train']} train, {counts['val']} val, {counts['test']} test" in said
 
 
-def test_an_archive_beside_its_folder_is_read_once(pages, copies, copy, tmp_path):
+def test_an_archive_beside_its_folder_is_read_once(iam_pages, iam_copies, copy, tmp_path):
     folder = copy("folders")
-    shutil.copy(copies / "archives" / "formsA-D.tgz", folder)
-    shutil.copy(copies / "archives" / "xml.tgz", folder)
+    shutil.copy(iam_copies / "archives" / "formsA-D.tgz", folder)
+    shutil.copy(iam_copies / "archives" / "xml.tgz", folder)
     assert len(prepared(folder, tmp_path)) == FORMS
 
 
-def test_no_writer_and_no_form_stands_in_two_splits(copies, tmp_path):
+def test_no_writer_and_no_form_stands_in_two_splits(iam_copies, tmp_path):
     for layout, unit in (("archives", "lines"), ("half", "paragraphs")):
-        store = prepared(copies / layout, tmp_path, unit=unit)
+        store = prepared(iam_copies / layout, tmp_path, unit=unit)
         homes: dict[str, set[str]] = {}
         for source, writer, split in zip(store.sources, store.writers, store.splits, strict=True):
             homes.setdefault(writer, set()).add(split)
@@ -189,11 +174,11 @@ def rewrite(path, change):
 
 
 def test_a_form_of_no_list_by_a_writer_of_the_test_set_is_not_kept_silently(
-    pages, copy, tmp_path, capsys
+    iam_pages, copy, tmp_path, capsys
 ):
     folder = copy("folders")
-    tester = next(page for page in pages if page.set == "testset")
-    other = next(page for page in pages if page.set == "")
+    tester = next(page for page in iam_pages if page.set == "testset")
+    other = next(page for page in iam_pages if page.set == "")
     rewrite(
         folder / "xml" / f"{other.id}.xml",
         lambda text: text.replace(f'writer-id="{other.writer}"', f'writer-id="{tester.writer}"'),
@@ -209,10 +194,10 @@ def test_a_form_of_no_list_by_a_writer_of_the_test_set_is_not_kept_silently(
     assert "left out of training" in capsys.readouterr().out
 
 
-def test_a_writer_in_two_lists_is_the_users_to_mend(pages, copy, tmp_path):
+def test_a_writer_in_two_lists_is_the_users_to_mend(iam_pages, copy, tmp_path):
     folder = copy("folders")
-    tester = next(page for page in pages if page.set == "testset")
-    trained = next(page for page in pages if page.set == "trainset")
+    tester = next(page for page in iam_pages if page.set == "testset")
+    trained = next(page for page in iam_pages if page.set == "trainset")
     rewrite(
         folder / "xml" / f"{trained.id}.xml",
         lambda text: text.replace(f'writer-id="{trained.writer}"', f'writer-id="{tester.writer}"'),
@@ -221,9 +206,9 @@ def test_a_writer_in_two_lists_is_the_users_to_mend(pages, copy, tmp_path):
         prepared(folder, tmp_path)
 
 
-def test_aachens_lists_are_taken_as_given(pages, copy, tmp_path):
+def test_aachens_lists_are_taken_as_given(iam_pages, copy, tmp_path):
     folder = copy("folders")
-    by_set = {name: [p for p in pages if p.set == name] for name in iam_corpus.SETS}
+    by_set = {name: [p for p in iam_pages if p.set == name] for name in iam_corpus.SETS}
     chosen = {
         "train": by_set["trainset"],
         "validation": by_set["validationset1"],
@@ -282,30 +267,30 @@ def test_the_reference_counts_of_a_whole_copy_are_reached():
     ) == {"train": 9462, "val": 1926, "test": 1965}
 
 
-def test_training_lines_lie_beside_the_paragraphs(pages, copies, tmp_path):
-    store = prepared(copies / "half", tmp_path, lines_beside=LINE_CANVAS)
+def test_training_lines_lie_beside_the_paragraphs(iam_pages, iam_copies, tmp_path):
+    store = prepared(iam_copies / "half", tmp_path, lines_beside=LINE_CANVAS)
     beside = [row for row in range(len(store)) if store.canvas(row) == LINE_CANVAS]
     assert {store.sources[row] for row in beside} == {
-        line.id for page in pages if page.split == "train" for line in page.lines
+        line.id for page in iam_pages if page.split == "train" for line in page.lines
     }
     assert beside == list(range(FORMS, len(store)))
 
 
-def test_the_number_of_workers_does_not_change_a_byte(copies, tmp_path):
+def test_the_number_of_workers_does_not_change_a_byte(iam_copies, tmp_path):
     made = [
-        corpus(copies / "archives").prepare(tmp_path / str(workers), num_workers=workers)
+        corpus(iam_copies / "archives").prepare(tmp_path / str(workers), num_workers=workers)
         for workers in (0, 2)
     ]
     assert made[0].read_bytes() == made[1].read_bytes()
 
 
-def test_an_unchanged_copy_is_not_prepared_again_and_a_changed_one_is(pages, copy, tmp_path):
+def test_an_unchanged_copy_is_not_prepared_again_and_a_changed_one_is(iam_pages, copy, tmp_path):
     folder = copy("folders")
     first = corpus(folder).prepare(tmp_path, num_workers=0)
     before = first.stat()
     assert corpus(folder).prepare(tmp_path, num_workers=0) == first
     assert first.stat().st_mtime_ns == before.st_mtime_ns
-    page = pages[0]
+    page = iam_pages[0]
     form = folder / "xml" / f"{page.id}.xml"
     rewrite(form, lambda text: text.replace(f'writer-id="{page.writer}"', 'writer-id="999"'))
     os.utime(form, (time.time() + 5,) * 2)
@@ -314,17 +299,17 @@ def test_an_unchanged_copy_is_not_prepared_again_and_a_changed_one_is(pages, cop
     assert rows(Store(second))[page.id][2] == "999"
 
 
-def test_progress_is_told_of_every_form(copies, tmp_path):
+def test_progress_is_told_of_every_form(iam_copies, tmp_path):
     told = []
-    corpus(copies / "archives").prepare(
+    corpus(iam_copies / "archives").prepare(
         tmp_path, num_workers=0, progress=lambda *step: told.append(step)
     )
     assert told == [(done, FORMS) for done in range(1, FORMS + 1)]
 
 
-def test_a_paragraph_larger_than_the_canvas_is_scaled_and_whole(copies, tmp_path):
-    large = prepared(copies / "folders", tmp_path)
-    small = prepared(copies / "folders", tmp_path, height=64, width=96)
+def test_a_paragraph_larger_than_the_canvas_is_scaled_and_whole(iam_copies, tmp_path):
+    large = prepared(iam_copies / "folders", tmp_path)
+    small = prepared(iam_copies / "folders", tmp_path, height=64, width=96)
     for row in range(len(small)):
         height, width = small.sizes[row]
         assert height <= 64 and width <= 96
@@ -332,10 +317,10 @@ def test_a_paragraph_larger_than_the_canvas_is_scaled_and_whole(copies, tmp_path
         assert small.image(row).any(axis=0)[max(0, width - 12) : width].any()
 
 
-def test_what_is_escaped_twice_is_read_plainly(pages):
-    texts = [word for page in pages for line in page.lines for word in line.text.split()]
+def test_what_is_escaped_twice_is_read_plainly(iam_pages):
+    texts = [word for page in iam_pages for line in page.lines for word in line.text.split()]
     assert any(word.startswith('"') for word in texts) and "&" in texts
-    page = pages[0]
+    page = iam_pages[0]
     xml = iam_corpus.xml(page)
     assert "&amp;quot;" in xml or "&amp;amp;" in xml
     assert parse_form(xml.encode(), where="x").text == page.text
