@@ -59,9 +59,13 @@ def read_grey(file: Path | bytes, *, where: str) -> np.ndarray:
                     "Scale it down."
                 )
             return _grey(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:
+        raise UserError(
+            f"{where} claims more than {MAX_PIXELS:,} px, which are the most. Scale it down."
+        ) from error
     except UnidentifiedImageError as error:
         raise UserError(f"{where} is no {', '.join(FORMATS)} image. Convert it.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{where} cannot be read: {error}. Mend it or take it out.") from error
 
 
