@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from paragraph_ocr.data.archive import sources
-from paragraph_ocr.data.iam import LINE_CANVAS, PADDING_PX, IamCorpus
+from paragraph_ocr.data.iam import LINE_CANVAS, PADDING_PX, IamCorpus, _crop_line
 from paragraph_ocr.data.iam_forms import deal, join_tokens, parse_form, read_descriptions
 from paragraph_ocr.data.scan import ink
 from paragraph_ocr.data.store import Store
@@ -133,6 +133,35 @@ def test_lines_tgz_serves_where_there_are_no_forms(iam_pages, copy, tmp_path):
     assert rows(store) == {
         line.id: (line.text, page.split, page.writer) for page in iam_pages for line in page.lines
     }
+
+
+def test_a_line_keeps_its_neighbours_strokes_out_unless_a_word_has_no_place(
+    iam_pages, copy, tmp_path
+):
+    folder = copy("folders")
+    page = next(p for p in iam_pages if all(strokes for _, strokes in p.lines[1].components))
+    line = page.lines[1]
+    part = slice(*line.box[1::2]), slice(*line.box[::2])
+    image = np.full(page.size, 255, np.uint8)
+    for _, strokes in line.components:
+        for left, top, right, bottom in strokes:
+            image[top:bottom, left:right] = 0
+    own = image[part] == 0
+    assert 0.1 < own.mean() < 0.9
+    image[part] = 100  # strokes all over
+
+    def covered() -> float:
+        form = parse_form((folder / "xml" / f"{page.id}.xml").read_bytes(), where="")
+        crop = _crop_line(image, form.lines[1], 1.0)[PADDING_PX:-PADDING_PX, PADDING_PX:-PADDING_PX]
+        return float((crop == 100).mean())
+
+    # components are padded a little
+    assert own.mean() < covered() < 0.99
+    rewrite(
+        folder / "xml" / f"{page.id}.xml",
+        lambda text: re.sub(f'(id="{line.id}-00">)(<cmp[^>]*>)+', r"\1", text),
+    )
+    assert covered() == 1
 
 
 def test_a_partial_copy_says_what_is_missing_and_serves(iam_pages, copy, tmp_path, capsys):

@@ -213,6 +213,7 @@ class _Shelf:
         self.seen: set[str] = set()
         """Forms of which there is an image."""
         self._strangers: set[str] = set()
+        self._lines_lacking = 0  # of forms of which other lines are there
 
     def scans(self) -> Iterator[Scan]:
         """Yield the forms' images; then, where lines are wanted, those of lines of other forms."""
@@ -229,6 +230,8 @@ class _Shelf:
             remarks.append(
                 f"{len(lacking):,} of {len(self._splits.forms):,} forms have no image here ({named})"
             )
+        if self._lines_lacking:
+            remarks.append(f"{self._lines_lacking:,} lines of others have no image")
         if len(self._descriptions.forms) < NUM_FORMS:
             remarks.append(
                 f"{len(self._descriptions.forms):,} of {NUM_FORMS:,} forms are described"
@@ -282,6 +285,7 @@ class _Shelf:
                 self.seen.add(form.id)
                 split = self._splits.forms[form.id]
                 yield Scan(member.data, member.where, form, split, (line,), of_line=True)
+        self._lines_lacking = sum(form.id in self.seen for form, _ in lines.values())
 
     def _lacking(self) -> set[str]:
         return self._splits.forms.keys() - self.seen
@@ -388,7 +392,7 @@ def _scale(form: Form, grey: np.ndarray, *, where: str) -> float:
         if abs(form.size[1] * scale - grey.shape[1]) > max(2.0, 0.01 * grey.shape[1]):
             raise UserError(
                 f"{where} has {grey.shape[1]}x{grey.shape[0]} px, another shape than form {form.id} of "
-                f"{form.size[1]}x{form.size[0]}. Fetch it again."
+                f"{form.size[1]}x{form.size[0]}. Fetch it again, or take it out."
             )
     else:
         expected = [scale for scale in SCALES if abs(grey.shape[0] / FULL_SIZE[0] - scale) < 0.05]
@@ -401,7 +405,7 @@ def _scale(form: Form, grey: np.ndarray, *, where: str) -> float:
     if form.box.bottom * scale > grey.shape[0] + 2 or form.box.right * scale > grey.shape[1] + 2:
         raise UserError(
             f"{where} is too small for the lines of form {form.id}, which end at "
-            f"{form.box.right},{form.box.bottom}. Fetch it again."
+            f"{form.box.right},{form.box.bottom}. Fetch it again, or take it out."
         )
     return scale
 

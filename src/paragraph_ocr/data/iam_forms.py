@@ -65,7 +65,7 @@ class Line:
     id: str
     text: str
     components: tuple[Box, ...]
-    """Connected strokes; all but these belongs to other lines."""
+    """Connected strokes, or the whole line as one; what lies elsewhere belongs to other lines."""
 
     @property
     def box(self) -> Box:
@@ -186,15 +186,20 @@ def parse_form(data: bytes, *, where: str) -> Form:
 
 def _parse_line(element: Element) -> Line:
     identity = element.attrib["id"]
-    boxes = []
-    for component in element.iterfind("word/cmp"):
-        left, top, width, height = (
-            int(component.attrib[key]) for key in ("x", "y", "width", "height")
-        )
-        boxes.append(Box(left, top, left + width, top + height))
+    of_words = [
+        [_box(component) for component in word.iterfind("cmp")] for word in element.iterfind("word")
+    ]
+    boxes = tuple(box for word in of_words for box in word)
     if not boxes:
         raise ValueError(f"line {identity} has no components, and so no place")
-    return Line(identity, _plain(element.attrib["text"]), tuple(boxes))
+    if not all(of_words):  # where a word could not be segmented, its strokes are in no component
+        boxes = (_around(boxes),)
+    return Line(identity, _plain(element.attrib["text"]), boxes)
+
+
+def _box(element: Element) -> Box:
+    left, top, width, height = (int(element.attrib[key]) for key in ("x", "y", "width", "height"))
+    return Box(left, top, left + width, top + height)
 
 
 def _plain(text: str) -> str:
