@@ -71,9 +71,11 @@ class Page:
     def image(self) -> np.ndarray:
         return np.asarray(Image.open(io.BytesIO(self.png)))
 
-    def crop(self, box: Box) -> np.ndarray:
-        left, top, right, bottom = box
-        return self.image()[top:bottom, left:right]
+    def line_images(self) -> list[bytes]:
+        """Return the box of each line as a PNG file."""
+        image = self.image()
+        boxes = [line.box for line in self.lines]
+        return [png(image[top:bottom, left:right]) for left, top, right, bottom in boxes]
 
 
 def make_pages(
@@ -336,8 +338,8 @@ def _archives(folder: Path, pages: Iterable[Page]) -> list[Page]:
     for page in pages:
         forms[groups[page.id[0]]].add(f"{page.id}.png", page.png)
         described.add(f"{page.id}.xml", xml(page).encode("latin-1"))
-        for line in page.lines:
-            lines.add(f"{page.id[:3]}/{page.id}/{line.id}.png", png(page.crop(line.box)))
+        for line, image in zip(page.lines, page.line_images(), strict=True):
+            lines.add(f"{page.id[:3]}/{page.id}/{line.id}.png", image)
         kept.append(_bare(page))
     for name, text in tables(kept).items():
         ascii_.add(name, text.encode())
@@ -407,11 +409,8 @@ def _parquet(folder: Path, pages: Iterable[Page]) -> list[Page]:
     rows: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
     for page in pages:
         rows[page.split] += [
-            {
-                "image": {"bytes": png(page.crop(line.box)), "path": f"{line.id}.png"},
-                "text": line.text,
-            }
-            for line in page.lines
+            {"image": {"bytes": image, "path": f"{line.id}.png"}, "text": line.text}
+            for line, image in zip(page.lines, page.line_images(), strict=True)
         ]
         kept.append(_bare(page))
     for split, name in (("train", "train"), ("val", "validation"), ("test", "test")):
