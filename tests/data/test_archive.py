@@ -108,15 +108,27 @@ def test_a_device_is_refused(tmp_path):
         read(write_tar(tmp_path / "x.tgz", links=[(tarfile.CHRTYPE, "null", "")]))
 
 
-def test_a_link_out_of_a_folder_is_refused(tmp_path):
-    (tmp_path / "secret").write_text("secret")
+@pytest.mark.parametrize("name", ["link.xml", "link.zip", "link"])
+def test_a_link_out_of_a_folder_or_to_nowhere_is_refused(tmp_path, name):
+    (tmp_path / "secret").mkdir()
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "link.xml").symlink_to(tmp_path / "secret")
-    with pytest.raises(UserError, match="leads outside"):
-        read(tmp_path / "in")
-    (tmp_path / "in" / "link.zip").symlink_to(tmp_path / "secret")
-    with pytest.raises(UserError, match="leads outside"):
-        sources(tmp_path / "in")
+    for target in (tmp_path / "secret", tmp_path / "in" / "nothing"):
+        (tmp_path / "in" / name).symlink_to(target)
+        with pytest.raises(UserError, match=f"{name} leads outside of"):
+            sources(tmp_path / "in")
+        (tmp_path / "in" / name).unlink()
+    (tmp_path / "in" / "a.xml").write_text("a")
+    (tmp_path / "in" / "b.xml").symlink_to("a.xml")
+    assert read(tmp_path / "in") == {"a.xml": b"a", "b.xml": b"a"}
+
+
+def test_a_header_that_claims_gigabytes_is_refused(tmp_path):
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2**32
+    path = tmp_path / "x.tar"
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(UserError, match="claims too much"):
+        read(path)
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):

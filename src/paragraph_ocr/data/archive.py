@@ -65,11 +65,13 @@ class Source:
             name = PurePosixPath(path.relative_to(self.path).as_posix())
             if not wanted(name):
                 continue
-            check_inside(path, self.path)
             try:
-                yield Member(name, str(path), path.read_bytes())
+                data = path.read_bytes()
             except OSError as error:
-                raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+                raise UserError(
+                    f"{path} cannot be read: {error.strerror}. Mend it or take it out."
+                ) from error
+            yield Member(name, str(path), data)
 
     def _zip(self, wanted: Wanted) -> Iterator[Member]:
         with zipfile.ZipFile(self.path) as archive:
@@ -126,9 +128,8 @@ def sources(root: Path, *, skip: Collection[str] = ()) -> list[Source]:
     Args:
         skip: names of folders not looked into.
     """
-    archives = [path for path in files_of(root, skip=skip) if path.name.lower().endswith(ARCHIVES)]
-    for path in archives:
-        check_inside(path, root)
+    paths = files_of(root, skip=skip)
+    archives = [path for path in paths if path.name.lower().endswith(ARCHIVES)]
     return [Source(root, frozenset(skip)), *map(Source, archives)]
 
 
@@ -136,22 +137,35 @@ def files_of(root: Path, *, skip: Collection[str] = ()) -> list[Path]:
     """Return every file below a folder in order of their names, but for hidden ones.
 
     Links to folders are not followed.
-    """
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(n for n in folders if not _hidden(n) and n not in skip)
-        found += [Path(folder, name) for name in names if not _hidden(name)]
-    return sorted(found)
-
-
-def check_inside(path: Path, root: Path) -> None:
-    """Check that a file lies in a folder once all links are followed.
 
     Raises:
-        UserError: it does not.
+        UserError: a link leads out of the folder or nowhere, or a folder cannot be read.
     """
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"{path} leads outside of {root}. Put the file itself there.")
+
+    def walk(folder: Path) -> Iterator[Path]:
+        try:
+            with os.scandir(folder) as found:
+                entries = [*found]  # which know their kind without being asked one by one
+        except OSError as error:
+            raise UserError(f"{folder} cannot be read: {error.strerror}. Allow it.") from error
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            path = Path(entry.path)
+            if entry.is_symlink():
+                if not path.resolve().is_relative_to(inside) or not path.exists():
+                    raise UserError(
+                        f"{path} leads outside of {root} or nowhere. Put what it points to there."
+                    )
+                if path.is_dir():
+                    continue
+            if entry.is_file():
+                yield path
+            elif entry.is_dir() and entry.name not in skip:
+                yield from walk(path)
+
+    inside = root.resolve()
+    return sorted(walk(root))
 
 
 def _refusing(path: Path, members: Iterator[Member]) -> Iterator[Member]:
@@ -193,10 +207,6 @@ def _check_link(link: PurePosixPath | None, target: str, archive: Path) -> None:
             )
 
 
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
 def _read(file, size: int) -> bytes:
     """Return the whole file, which its archive says to have `size` bytes."""
     data = file.read(size + 1)
@@ -234,6 +244,8 @@ class _LastRead(io.RawIOBase):
         self._file, self.last = file, b""
 
     def read(self, size: int = -1) -> bytes:
+        if size > MAX_MEMBER_BYTES:  # tarfile takes whole what a header says that a long name has
+            raise tarfile.ReadError("a header claims too much")
         self.last = self._file.read(size)
         return self.last
 
