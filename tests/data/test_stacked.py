@@ -9,6 +9,7 @@ from test_datamodule import Recorder, train
 from paragraph_ocr.data.datamodule import ParagraphDataModule
 from paragraph_ocr.data.iam import LINE_CANVAS, IamCorpus
 from paragraph_ocr.data.stacked import STACKED, StackedDataset, Stacking, stack
+from paragraph_ocr.errors import UserError
 
 CANVAS = (144, 160)
 NUM = 12
@@ -146,6 +147,11 @@ def test_a_label_never_exceeds_its_length(make):
     lengths = [len(found[index].tokens) for index in range(60)]
     assert max(lengths) <= 200
     assert max(lengths) > 150
+
+
+def test_lines_that_are_all_too_long_are_the_users_to_mend(make):
+    with pytest.raises(UserError, match="leaves no training line|leaves no paragraph"):
+        make(max_length=8, too_long="skip")
 
 
 def test_overfitting_holds_the_first_paragraphs_of_the_first_epoch(make, vocabulary):

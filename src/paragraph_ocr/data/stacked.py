@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from paragraph_ocr.data.dataset import Item, ParagraphDataset
 from paragraph_ocr.data.scan import fit
 from paragraph_ocr.data.store import Store
+from paragraph_ocr.errors import UserError
 from paragraph_ocr.vocabulary import Vocabulary
 
 STACKED = -1
@@ -43,6 +44,9 @@ class StackedDataset(Dataset[Item]):
         originals, lines: rows of the store.
         max_length: tokens that a transcription may have, start and end included; a paragraph that would
             be longer gets fewer lines.
+
+    Raises:
+        UserError: no line is short enough.
     """
 
     def __init__(
@@ -62,6 +66,10 @@ class StackedDataset(Dataset[Item]):
         texts = {row: vocabulary.prepare(store.texts[row]) for row in lines}
         self._texts = {row: text for row, text in texts.items() if len(text) + 2 <= max_length}
         self.lines = list(self._texts)
+        if not self.lines:
+            raise UserError(
+                f"datamodule.max_length={max_length} leaves no training line to stack. Pass a greater one."
+            )
         self._length = len(self.originals) + stacking.num_paragraphs
 
     def __len__(self) -> int:
