@@ -156,6 +156,7 @@ def test_lines_that_are_all_too_long_are_the_users_to_mend(make):
 
 def test_overfitting_holds_the_first_paragraphs_of_the_first_epoch(make, vocabulary):
     module = make(overfit_batches=1)
+    assert "the same 5 paragraphs" in repr(module)
     expected = [dataset(make())[index].tokens for index in range(5)]
     for loader in (module.train_dataloader(), module.val_dataloader(), module.test_dataloader()):
         for number in (0, 3):

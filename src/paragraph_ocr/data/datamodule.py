@@ -240,13 +240,13 @@ class ParagraphDataModule(pl.LightningDataModule):
                 f" ({train.stacking.num_paragraphs:,} of train stacked anew in every epoch from "
                 f"{len(train.lines):,} lines)"
             )
-        lengths = [len(store.texts[row]) for row in self._rows()]
         canvases = ", ".join(f"{height}x{width}" for height, width in store.canvases)
-        characters = (
-            f"{np.mean(lengths):.0f} characters in the mean, {max(lengths)} at most; "
-            * bool(lengths)
-        )
-        return f"{self.corpus.name}: {counts}; {canvases} px; {characters}{store.path}"
+        described = f"{self.corpus.name}: {counts}; {canvases} px; "
+        if lengths := [
+            len(store.texts[row]) for row in self._rows()
+        ]:  # stacked ones are in no store
+            described += f"{np.mean(lengths):.0f} characters in the mean, {max(lengths)} at most; "
+        return described + str(store.path)
 
     def _rows(self) -> Sequence[int]:
         return sorted({row for dataset in self._datasets.values() for row in dataset.rows})
