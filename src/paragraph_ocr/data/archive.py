@@ -147,7 +147,9 @@ def files_of(root: Path, *, skip: Collection[str] = ()) -> list[Path]:
             with os.scandir(folder) as found:
                 entries = [*found]  # which know their kind without being asked one by one
         except OSError as error:
-            raise UserError(f"{folder} cannot be read: {error.strerror}. Make it readable.") from error
+            raise UserError(
+                f"{folder} cannot be read: {error.strerror}. Make it readable."
+            ) from error
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue

@@ -51,8 +51,10 @@ def read_grey(file: Path | bytes, *, where: str) -> np.ndarray:
     """
     opened = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
-        with warnings.catch_warnings(), Image.open(opened, formats=FORMATS) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with (
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            Image.open(opened, formats=FORMATS) as image,
+        ):
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(
                     f"{where} claims {image.width}x{image.height} px, and {MAX_PIXELS:,} are the most. "
