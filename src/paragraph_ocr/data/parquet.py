@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import pyarrow as arrow
-import pyarrow.parquet
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from paragraph_ocr.errors import UserError
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 _ROWS = 64  # read at a time
 
@@ -56,14 +58,25 @@ def records(path: Path) -> Iterator[Record]:
                 if not isinstance(text, str) or not text.strip():
                     raise UserError(f"{where} has an empty transcription. Give its text.")
                 yield Record(f"{path.name}#{number}", where, image, text.strip())
-    except (arrow.ArrowException, OSError) as error:
+    except (_arrow().ArrowException, OSError) as error:
         raise _broken(path, error) from error
 
 
-def _open(path: Path) -> pyarrow.parquet.ParquetFile:
+def _arrow() -> ModuleType:
+    """Return pyarrow, which only this needs, and which some machines lack."""
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (arrow.ArrowException, OSError) as error:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError("Parquet files need pyarrow. Type `pip install pyarrow`.") from error
+    return pyarrow
+
+
+def _open(path: Path) -> "ParquetFile":
+    arrow = _arrow()
+    try:
+        file = arrow.parquet.ParquetFile(path)
+    except (_arrow().ArrowException, OSError) as error:
         raise _broken(path, error) from error
     lacking = {"image", "text"} - set(file.schema_arrow.names)
     if lacking:
