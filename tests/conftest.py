@@ -1,7 +1,10 @@
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
+sys.path.append(str(Path(__file__).parent / "data"))  # of iam_corpus.py, for all tests
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
@@ -17,3 +20,22 @@ def run_experiment(tmp_path):
         return run(validate(compose(typed)), overrides=typed)
 
     return run_overrides
+
+
+@pytest.fixture(scope="session")
+def iam_pages():
+    """Return 20 forms like IAM's, a quarter of their size."""
+    import iam_corpus
+
+    return list(iam_corpus.make_pages(20, scale=0.25))
+
+
+@pytest.fixture(scope="session")
+def iam_copies(iam_pages, tmp_path_factory):
+    """Return a folder that holds each layout of the same forms in a folder of its own."""
+    import iam_corpus
+
+    root = tmp_path_factory.mktemp("iam")
+    for layout in iam_corpus.LAYOUTS:
+        iam_corpus.write(root / layout, iam_pages, layout)
+    return root

@@ -11,6 +11,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 SITES = {
     "timm": {"model/encoder.py"},
     "h5py": {"data/store.py"},
+    "pyarrow": {"data/parquet.py"},
+    "defusedxml": {"data/layout.py", "data/iam_forms.py"},
     "mlflow": {"tracking.py"},
     "hydra": {
         "config.py",

@@ -43,7 +43,8 @@ def test_every_encoder_goes_with_every_decoder(encoder, decoder):
     assert experiment.model.decoder.width == alone["width"]
 
 
-NEEDED = {"datamodule=folder": ["datamodule.root=tests"]}
+IAM = sorted(path.stem for path in (CONF / "datamodule").glob("iam_*.yaml"))
+NEEDED = {f"datamodule={name}": ["datamodule.root=tests"] for name in ("folder", *IAM)}
 """What a choice needs of its user."""
 
 
@@ -179,3 +180,20 @@ def test_a_folder_of_ones_own_trains_and_is_read(run_experiment, tmp_path):
     )
     assert 0 < outcome.metrics["test/loss"] < 20
     assert outcome.metrics["test/cer"] >= 0
+
+
+@pytest.mark.parametrize("name", IAM)
+def test_every_form_of_iam_trains_and_is_read(run_experiment, iam_copies, name):
+    small = ["height=96", "width=128", "max_length=190"] if name != "iam_lines" else []
+    metrics = run_experiment(
+        "model=tiny",
+        f"datamodule={name}",
+        f"datamodule.root={iam_copies / 'archives'}",
+        "debug=quick",
+        "trainer.max_steps=2",
+        "trainer.accelerator=cpu",
+        "tracking=off",
+        *(f"datamodule.{change}" for change in ("batch_size=2", "num_workers=0", *small)),
+    ).metrics
+    assert 0 < metrics["val/loss"] < 20
+    assert metrics["test/cer"] >= 0

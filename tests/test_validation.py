@@ -13,7 +13,7 @@ NEEDS_A_GPU = {("trainer", "gpu")}
 
 @pytest.mark.parametrize(("group", "choice"), [c for c in CHOICES if c not in NEEDS_A_GPU])
 def test_every_file_of_conf_composes_and_validates(group, choice):
-    needed = ["datamodule.root=tests"] if choice == "folder" else []
+    needed = ["datamodule.root=tests"] if choice.startswith(("folder", "iam_")) else []
     assert validate(compose([f"{group}={choice}", *needed])).seed == 0
 
 
@@ -56,6 +56,8 @@ def test_a_number_of_batches_stays_a_number_and_a_share_a_share(typed, kind):
         ("datamodule.fonts=nowhere", "is not a folder"),
         ("decoding.beam_width=4", "Pass decoding=beam"),
         ("datamodule=folder", "datamodule.root=<folder"),
+        ("datamodule=iam_paragraphs", "datamodule.root=<folder of IAM's archives>"),
+        ("datamodule.too_long=drop", "error, skip"),
         ("datamodule.root=tests", "Pass datamodule=folder|pass datamodule=folder"),
         ("model.encoder.extra.foo=1", r"\+model.encoder.extra.foo=1"),
     ],
@@ -63,4 +65,20 @@ def test_a_number_of_batches_stays_a_number_and_a_share_a_share(typed, kind):
 def test_a_mistake_is_one_line_with_the_remedy(typed, said):
     with pytest.raises(UserError, match=said) as refusal:
         validate(compose([typed]))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["datamodule=iam_lines", "datamodule.split=auto"], "reference, independent, aachen"),
+        (["datamodule=folder", "datamodule.split=aachen"], "auto, train, val, test"),
+        (["datamodule=iam_lines", "datamodule.dataset_len=3"], "does not belong"),
+        (["datamodule=iam_synthetic_paragraphs", "datamodule.dataset_len=0"], "must lie in"),
+        (["datamodule=iam_paragraphs", "datamodule.root=nowhere"], "is not a folder"),
+    ],
+)
+def test_each_data_module_has_choices_of_its_own(typed, said):
+    with pytest.raises(UserError, match=said) as refusal:
+        validate(compose(["datamodule.root=tests", *typed]))
     assert "\n" not in str(refusal.value)

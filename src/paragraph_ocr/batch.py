@@ -21,7 +21,7 @@ class Batch:
     sizes: Int[Tensor, "B 2"] | None
     """True height and width in pixels, from the top left; None when every image fills the canvas."""
     rows: Int[Tensor, " B"]
-    """Row of each paragraph in its store."""
+    """Row of each paragraph in its store; -1 for one that was made on the way."""
 
     def __len__(self) -> int:
         return self.images.shape[0]

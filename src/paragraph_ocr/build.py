@@ -23,6 +23,10 @@ from paragraph_ocr.config import (
     Experiment,
     FolderData,
     GeneratedData,
+    IamData,
+    IamLinesData,
+    IamParagraphsData,
+    IamStackedData,
     RenderedData,
     TrainerConfig,
 )
@@ -31,6 +35,8 @@ from paragraph_ocr.data.corpus import Corpus
 from paragraph_ocr.data.datamodule import ParagraphDataModule
 from paragraph_ocr.data.fake import FakeCorpus
 from paragraph_ocr.data.folder import FolderCorpus
+from paragraph_ocr.data.iam import LINE_CANVAS, IamCorpus
+from paragraph_ocr.data.stacked import Stacking
 from paragraph_ocr.data.synthetic import SyntheticCorpus
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.learning.learner import Learner
@@ -64,7 +70,7 @@ def build_recognizer(experiment: Experiment, vocabulary: Vocabulary) -> Recogniz
     """
     data = experiment.datamodule
     encoder = build_encoder(experiment.model.encoder)
-    if isinstance(data, GeneratedData | FolderData):
+    if isinstance(data, GeneratedData | FolderData | IamData):
         encoder.check_canvas(data.height, data.width)
     decoder = Decoder(
         num_tokens=len(vocabulary),
@@ -181,6 +187,18 @@ def build_corpus(data: DataConfig, vocabulary: Vocabulary, *, seed: int) -> Corp
                 width=data.width,
                 split=data.split,
             )
+        case IamLinesData(root=str(root)) | IamParagraphsData(root=str(root)):
+            stacked = isinstance(data, IamStackedData)
+            return IamCorpus(
+                # both kinds of stacked paragraphs share a store
+                name="iam_paragraphs_and_lines" if stacked else data.name,
+                folder=Path(root),
+                unit="lines" if isinstance(data, IamLinesData) else "paragraphs",
+                height=data.height,
+                width=data.width,
+                split=data.split,
+                lines_beside=LINE_CANVAS if stacked else None,
+            )
     raise ValueError(f"no corpus for {type(data).__name__}")
 
 
@@ -204,9 +222,22 @@ def build_datamodule(
         batch_size=data.batch_size,
         num_workers=data.num_workers,
         max_length=data.max_length,
+        too_long=data.too_long,
+        stacking=_stacking(data),
         overfit_batches=experiment.trainer.overfit_batches,
         seed=experiment.seed,
         progress=progress,
+    )
+
+
+def _stacking(data: DataConfig) -> Stacking | None:
+    if not isinstance(data, IamStackedData):
+        return None
+    return Stacking(
+        canvas=(data.height, data.width),
+        num_paragraphs=data.dataset_len,
+        max_lines=data.max_lines,
+        originals=data.originals,
     )
 
 

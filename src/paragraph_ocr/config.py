@@ -51,6 +51,7 @@ class DataConfig:
     batch_size: int = MISSING
     num_workers: int = MISSING
     max_length: int = MISSING
+    too_long: str = "error"
 
 
 @dataclass
@@ -83,6 +84,34 @@ class FolderData(DataConfig):
     height: int = MISSING
     width: int = MISSING
     split: str = MISSING
+
+
+@dataclass
+class IamData(DataConfig):
+    """The IAM handwriting database, below `root`; a subclass says what is cut out of it."""
+
+    height: int = MISSING
+    width: int = MISSING
+    split: str = MISSING
+
+
+@dataclass
+class IamLinesData(IamData):
+    pass
+
+
+@dataclass
+class IamParagraphsData(IamData):
+    pass
+
+
+@dataclass
+class IamStackedData(IamParagraphsData):
+    """Training paragraphs stacked anew in every epoch from training lines, with the real ones or without."""
+
+    dataset_len: int = MISSING
+    max_lines: int = MISSING
+    originals: bool = MISSING
 
 
 @dataclass
@@ -239,6 +268,9 @@ SCHEMAS: dict[str, type[DataConfig]] = {
     "generated": GeneratedData,
     "rendered": RenderedData,
     "folder": FolderData,
+    "iam_lines": IamLinesData,
+    "iam_paragraphs": IamParagraphsData,
+    "iam_stacked": IamStackedData,
 }
 """Node types that a datamodule's YAML names in its defaults list, as /schema/<name>."""
 

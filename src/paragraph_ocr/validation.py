@@ -17,6 +17,7 @@ from paragraph_ocr.config import (
     Experiment,
     FolderData,
     GeneratedData,
+    IamData,
     StudyConfig,
     TrainerConfig,
     register_schema,
@@ -38,9 +39,15 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.profiler": ("simple", "advanced", "pytorch"),
     "decoding.name": ("greedy", "beam"),
     "vocabulary.unknown": ("error", "drop"),
-    "datamodule.split": ("auto", "train", "val", "test"),
+    "datamodule.too_long": ("error", "skip"),
     "tracking.name": ("mlflow", "off"),
 }
+
+_OWN_FILES: dict[type[DataConfig], tuple[tuple[str, ...], str]] = {
+    FolderData: (("auto", "train", "val", "test"), "folder of your images and transcriptions"),
+    IamData: (("reference", "independent", "aachen"), "folder of IAM's archives"),
+}
+"""Data modules that read files of the user's: choices of `split`, and what `root` is."""
 
 _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
@@ -56,6 +63,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "datamodule.width": (32, 10_000),
     "datamodule.min_lines": (1, 1000),
     "datamodule.min_characters": (1, 100_000),
+    "datamodule.max_lines": (1, 1000),
+    "datamodule.dataset_len": (1, 100_000_000),
     "datamodule.num_train": (1, 100_000_000),
     "datamodule.num_val": (1, 100_000_000),
     "datamodule.num_test": (1, 100_000_000),
@@ -239,19 +248,22 @@ def _in_words(hint: Any) -> str:
 def _check_values(composed: DictConfig) -> None:
     """Check each value alone, against its choices or its range."""
     for key, choices in _CHOICES.items():
-        value = OmegaConf.select(composed, key)
-        if value is not None and value not in choices:
-            close = nearest(str(value), choices, count=1)
-            raise UserError(
-                f"{key}={value} is not one of {', '.join(choices)}. "
-                f"Pass {key}={close[0] if close else '<one of these>'}."
-            )
+        _check_choice(key, OmegaConf.select(composed, key), choices)
     for key, (low, high) in _RANGES.items():
         value = OmegaConf.select(composed, key)
         if value is not None and not low <= value <= high:
             raise UserError(
                 f"{key}={value} must lie in {low:.10g} to {high:.10g}. Pass {key}=<number>."
             )
+
+
+def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value is not None and value not in choices:
+        close = nearest(str(value), choices, count=1)
+        raise UserError(
+            f"{key}={value} is not one of {', '.join(choices)}. "
+            f"Pass {key}={close[0] if close else '<one of these>'}."
+        )
 
 
 def _check_combinations(experiment: Experiment) -> None:
@@ -294,11 +306,15 @@ def _check_combinations(experiment: Experiment) -> None:
         raise UserError(
             f"model.weights={weights} does not exist. Pass a run folder or a .safetensors file."
         )
-    if isinstance(data, FolderData) and data.root is None:
-        raise UserError(
-            f"datamodule.root has no value, and datamodule={data.name} needs it. "
-            "Pass datamodule.root=<folder of your images and transcriptions>."
-        )
+    for kind, (choices, wanted) in _OWN_FILES.items():
+        if not isinstance(data, kind):
+            continue
+        _check_choice("datamodule.split", data.split, choices)  # type: ignore[attr-defined]
+        if data.root is None:
+            raise UserError(
+                f"datamodule.root has no value, and datamodule={data.name} needs it. "
+                f"Pass datamodule.root=<{wanted}>."
+            )
     if isinstance(data, GeneratedData) and data.root is not None:
         raise UserError(
             f"datamodule.root={data.root} does nothing for datamodule={data.name}, which makes its own "

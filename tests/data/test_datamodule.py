@@ -91,6 +91,25 @@ def test_a_short_max_length_is_the_users_to_mend(make):
         make(max_length=longest - 1)
 
 
+def test_too_long_transcriptions_are_named_or_left_out_aloud(make, capsys):
+    store = make()._datasets["train"].store
+    lengths = sorted(len(text) + 2 for text in store.texts)
+    limit = lengths[-4] - 1  # at least four are longer
+    longer = [source for source, text in zip(store.sources, store.texts, strict=True)
+              if len(text) + 2 > limit]  # fmt: skip
+    with pytest.raises(UserError, match=rf"{len(longer)} of 35 .*too_long=skip") as refusal:
+        make(max_length=limit)
+    assert str(refusal.value).count(longer[0]) >= len(longer)
+    capsys.readouterr()
+    module = make(max_length=limit, too_long="skip")
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{len(longer)} of 35 transcriptions" in said and "left out" in said
+    kept = [len(store.texts[row]) + 2 for row in module._rows()]
+    assert max(kept) <= limit and len(kept) == 35 - len(longer)
+    with pytest.raises(UserError, match="leaves no paragraph of"):
+        make(max_length=3, too_long="skip")
+
+
 def test_a_vocabulary_that_lacks_a_character_is_the_users_to_mend(make, noise):
     with pytest.raises(UserError, match=r"^vocabulary.characters lacks 'Q'"):
         module = make(setup=False)

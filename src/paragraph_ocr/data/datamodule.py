@@ -11,12 +11,16 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from paragraph_ocr import console
 from paragraph_ocr.data.corpus import Corpus
 from paragraph_ocr.data.dataset import Item, ParagraphDataset, collate
+from paragraph_ocr.data.stacked import StackedDataset, Stacking
 from paragraph_ocr.data.store import Store
 from paragraph_ocr.data.text import SPLITS
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.vocabulary import Vocabulary
+
+_NAMED = 20  # paragraphs named in a message
 
 
 class Order(DistributedSampler[int]):
@@ -29,6 +33,7 @@ class Order(DistributedSampler[int]):
         seed: None keeps positions in order.
         even: repeat a few positions, so that every process gets as many (training needs that, and a
             score must not have it).
+        counts_on: positions go on from epoch to epoch: `epoch * length + position`.
         start: epoch, and positions of this process that are done in it: where a resumed run goes on.
     """
 
@@ -40,10 +45,12 @@ class Order(DistributedSampler[int]):
         rank: int = 0,
         world_size: int = 1,
         even: bool = False,
+        counts_on: bool = False,
         start: tuple[int, int] = (0, 0),
     ) -> None:
         self.length, self.order_seed = length, seed
         self.rank, self.num_replicas, self.even = rank, world_size, even
+        self.counts_on = counts_on
         self.start = start
         self.epoch = start[0]  # the first iterator is made before Lightning calls `set_epoch`
 
@@ -56,7 +63,8 @@ class Order(DistributedSampler[int]):
             order = np.random.default_rng([self.order_seed, self.epoch]).permutation(self.length)
         mine = np.resize(order, self._total())[self.rank :: self.num_replicas]
         done = self.start[1] if self.epoch == self.start[0] else 0
-        return iter(mine[done:].tolist())
+        first = self.epoch * self.length if self.counts_on else 0
+        return iter((first + mine[done:]).tolist())
 
     def _total(self) -> int:
         if not self.even:
@@ -70,6 +78,8 @@ class ParagraphDataModule(pl.LightningDataModule):
     Args:
         root: folder of the stores.
         max_length: tokens that a transcription may have, start and end included.
+        too_long: what to do with a longer one: "error", or "skip" it.
+        stacking: makes training paragraphs from the lines in the store.
         overfit_batches: a number of batches, or (a float) a share of them, that are all there is:
             unshuffled, the same in training, validation and test. 0 uses all data properly.
         progress: told (done, total) while a store is being prepared.
@@ -84,6 +94,8 @@ class ParagraphDataModule(pl.LightningDataModule):
         batch_size: int,
         num_workers: int,
         max_length: int,
+        too_long: str = "error",
+        stacking: Stacking | None = None,
         overfit_batches: int | float = 0,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
@@ -92,8 +104,9 @@ class ParagraphDataModule(pl.LightningDataModule):
         self.corpus, self.root, self.vocabulary = corpus, root, vocabulary
         self.batch_size, self.num_workers = batch_size, num_workers
         self.max_length, self.overfit_batches, self.seed = max_length, overfit_batches, seed
+        self.too_long, self.stacking = too_long, stacking
         self._progress = progress
-        self._datasets: dict[str, ParagraphDataset] = {}
+        self._datasets: dict[str, ParagraphDataset | StackedDataset] = {}
         self._start = (0, 0)  # epoch, batches done in it
 
     def prepare_data(self) -> None:
@@ -107,31 +120,65 @@ class ParagraphDataModule(pl.LightningDataModule):
         """Open the store and check its transcriptions.
 
         Raises:
-            UserError: a transcription is too long, or holds unknown characters.
+            UserError: a transcription is too long, or holds unknown characters; or a split has no
+                paragraph, or none left.
         """
         if self._datasets:
             return
         store = Store(self.corpus.prepare(self.root, num_workers=0))
-        texts = [self.vocabulary.prepare(text) for text in store.texts]
-        self.vocabulary.require(texts)
-        lengths = [(len(text) + 2, store.sources[row]) for row, text in enumerate(texts)]
-        too_long = [(length, source) for length, source in lengths if length > self.max_length]
-        if too_long:
-            listed = ", ".join(source for _, source in too_long[:5]) + (
-                " ..." if len(too_long) > 5 else ""
+        self.vocabulary.require([self.vocabulary.prepare(text) for text in store.texts])
+        rows = {split: store.rows(split) for split in SPLITS}
+        lines: list[int] = []
+        if self.stacking is not None:
+            lines = [row for row in rows["train"] if store.canvas(row) != self.stacking.canvas]
+            rows["train"] = sorted(set(rows["train"]) - set(lines)) * self.stacking.originals
+        too_long = self._too_long(store, sorted({row for found in rows.values() for row in found}))
+        for split, found in rows.items():
+            kept = [row for row in found if row not in too_long]
+            if found and not kept:
+                raise UserError(
+                    f"datamodule.max_length={self.max_length} leaves no paragraph of {split}. "
+                    f"Pass datamodule.max_length={max(too_long.values())}."
+                )
+            self._datasets[split] = ParagraphDataset(store, kept, self.vocabulary)
+        if self.stacking is not None:
+            self._datasets["train"] = StackedDataset(
+                store,
+                self.vocabulary,
+                self.stacking,
+                originals=self._datasets["train"].rows,
+                lines=lines,
+                max_length=self.max_length,
+                seed=self.seed,
             )
-            raise UserError(
-                f"datamodule.max_length={self.max_length} is too short for {len(too_long)} of "
-                f"{len(store)} transcriptions ({listed}). Pass "
-                f"datamodule.max_length={max(too_long)[0]} or more."
-            )
-        for split in SPLITS:
-            self._datasets[split] = ParagraphDataset(store, store.rows(split), self.vocabulary)
         if self.overfit_batches:
             train = self._datasets["train"]
-            rows = train.rows[: self._num_overfit_batches(len(train)) * self.batch_size]
-            same = ParagraphDataset(store, rows, self.vocabulary, hold=True)
+            same = train.first(self._num_overfit_batches(len(train)) * self.batch_size)
             self._datasets = dict.fromkeys(SPLITS, same)
+
+    def _too_long(self, store: Store, rows: Sequence[int]) -> dict[int, int]:
+        """Return the tokens of each row that has more than `max_length`, having said how many.
+
+        Raises:
+            UserError: there are any, and they are not to be skipped.
+        """
+        lengths = {row: len(self.vocabulary.prepare(store.texts[row])) + 2 for row in rows}
+        too_long = {row: length for row, length in lengths.items() if length > self.max_length}
+        if not too_long:
+            return {}
+        named = ", ".join(store.sources[row] for row in [*too_long][:_NAMED])
+        more = f" and {len(too_long) - _NAMED} more" if len(too_long) > _NAMED else ""
+        found = (
+            f"datamodule.max_length={self.max_length} is too short for {len(too_long)} of "
+            f"{len(rows)} transcriptions ({named}{more})"
+        )
+        if self.too_long == "skip":
+            console.warn(f"{found}, which are left out.")
+            return too_long
+        raise UserError(
+            f"{found}. Pass datamodule.max_length={max(too_long.values())} or more, or "
+            "datamodule.too_long=skip to leave them out."
+        )
 
     def _num_overfit_batches(self, length: int) -> int:
         if isinstance(self.overfit_batches, int):
@@ -166,6 +213,7 @@ class ParagraphDataModule(pl.LightningDataModule):
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
             even=split == "train",
+            counts_on=isinstance(dataset, StackedDataset) and not self.overfit_batches,
             start=(self._start[0], self._start[1] * self.batch_size)
             if split == "train"
             else (0, 0),
@@ -186,18 +234,23 @@ class ParagraphDataModule(pl.LightningDataModule):
     def __repr__(self) -> str:
         if not self._datasets:
             return f"{self.corpus.name}: not set up"
-        store = self._datasets["train"].store
-        counts = ", ".join(f"{len(d)} {split}" for split, d in self._datasets.items())
+        train = self._datasets["train"]
+        store = train.store
+        counts = ", ".join(f"{len(d):,} {split}" for split, d in self._datasets.items())
         if self.overfit_batches:
-            counts = (
-                f"the same {len(self._datasets['train'])} paragraphs to train, validate and test"
+            counts = f"the same {len(train)} paragraphs to train, validate and test"
+        elif isinstance(train, StackedDataset):
+            counts += (
+                f" ({train.stacking.num_paragraphs:,} of train stacked anew in every epoch from "
+                f"{len(train.lines):,} lines)"
             )
-        lengths = [len(store.texts[row]) for row in self._rows()]
         canvases = ", ".join(f"{height}x{width}" for height, width in store.canvases)
-        return (
-            f"{self.corpus.name}: {counts}; {canvases} px; {np.mean(lengths):.0f} characters in the "
-            f"mean, {max(lengths)} at most; {store.path}"
-        )
+        described = f"{self.corpus.name}: {counts}; {canvases} px; "
+        if lengths := [
+            len(store.texts[row]) for row in self._rows()
+        ]:  # stacked ones are in no store
+            described += f"{np.mean(lengths):.0f} characters in the mean, {max(lengths)} at most; "
+        return described + str(store.path)
 
     def _rows(self) -> Sequence[int]:
         return sorted({row for dataset in self._datasets.values() for row in dataset.rows})

@@ -13,7 +13,7 @@ from paragraph_ocr.vocabulary import Vocabulary
 
 
 class Item(NamedTuple):
-    """One paragraph: canvas "H W", token ids, true height and width, row in the store."""
+    """One paragraph: canvas "H W", token ids, true height and width, row in the store (-1: in none)."""
 
     image: np.ndarray
     tokens: list[int]
@@ -37,6 +37,10 @@ class ParagraphDataset(Dataset[Item]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def first(self, count: int) -> "ParagraphDataset":
+        """Return the first paragraphs alone, held in memory once read: they are to be memorised."""
+        return ParagraphDataset(self.store, self.rows[:count], self.vocabulary, hold=True)
 
     def __getitem__(self, index: int) -> Item:
         if index not in self._held:

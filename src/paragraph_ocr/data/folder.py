@@ -96,7 +96,7 @@ class FolderCorpus:
         if not found:
             raise UserError(
                 f"{self._here} holds no manifest.jsonl or manifest.csv, no PAGE or ALTO files with "
-                "text, and no images beside .txt files."
+                "text, and no images beside .txt files. Put one of these there."
             )
         twice = [name for name, count in Counter(e.id for e in found).items() if count > 1]
         if twice:

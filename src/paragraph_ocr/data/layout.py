@@ -53,7 +53,7 @@ def read_layout(path: Path) -> list[Region]:
         raise UserError(
             f"{path} lacks what a {kind} file needs: {error}. Export it again."
         ) from error
-    raise UserError(f"{path} is neither PAGE XML nor ALTO: its root is {kind}.")
+    raise UserError(f"{path} is neither PAGE XML nor ALTO: its root is {kind}. Take it out.")
 
 
 def _page(root: Element) -> Iterator[Region]:
@@ -63,8 +63,10 @@ def _page(root: Element) -> Iterator[Region]:
             # a region may be transcribed as a whole, without lines
             text = "\n".join(line for line in lines if line) or _unicode(region)
             if text:
-                corners = next(_children(region, "Coords")).attrib["points"]
-                polygon = _points(corners)
+                corners = next(_children(region, "Coords"), None)
+                if corners is None:
+                    raise ValueError(f"no Coords of region {region.get('id')}")
+                polygon = _points(corners.attrib["points"])
                 yield Region(page.attrib["imageFilename"], region.attrib["id"], text, polygon)
 
 

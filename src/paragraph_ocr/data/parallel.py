@@ -5,9 +5,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import chain, islice
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -17,30 +18,43 @@ _CHUNK = 16  # items a task: a tenth of a second of rendering
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def in_order(work: Callable[[T], R], items: Sequence[T], *, num_workers: int) -> Iterator[R]:
-    """Yield work(item) for each item, in order, a few tasks ahead of the consumer.
+def in_order(
+    work: Callable[[T], R], items: Iterable[T], *, num_workers: int, chunk: int = _CHUNK
+) -> Iterator[R]:
+    """Yield work(item) for each item, in order, a few tasks of `chunk` items ahead of the consumer.
 
-    Fewer than 2 workers, or a single chunk of items: in this process. Otherwise `work` must be
-    picklable. When the consumer stops or fails, the workers end after the items in hand.
+    Items are taken from their iterator no sooner. Fewer than 2 workers, or a single chunk of items:
+    in this process. Otherwise `work` must be picklable. When the consumer stops or fails, the workers
+    end after the items in hand.
     """
-    if num_workers < 2 or len(items) <= _CHUNK:
-        yield from map(work, items)
+    chunks = batched(items, chunk)
+    head = [*islice(chunks, 2)]
+    if num_workers < 2 or len(head) < 2:
+        for items_in_hand in chain(head, chunks):
+            yield from map(work, items_in_hand)
         return
-    chunks = [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
     context = multiprocessing.get_context("spawn")  # the parent may hold threads of torch
     waiting: deque[Future[list[R]]] = deque()
-    executor = ProcessPoolExecutor(min(num_workers, len(chunks)), context, _begin)
+    executor = ProcessPoolExecutor(num_workers, context, _begin)
     try:
-        with _one_thread_each():  # the first task starts all workers
-            waiting.append(executor.submit(_work_through, work, chunks[0]))
-        for chunk in chunks[1:]:
-            waiting.append(executor.submit(_work_through, work, chunk))
+        with _one_thread_each():  # each of the first tasks starts a worker
+            for items_in_hand in chain(head, islice(chunks, max(0, num_workers - len(head)))):
+                waiting.append(executor.submit(_work_through, work, items_in_hand))
+        for items_in_hand in chunks:
+            waiting.append(executor.submit(_work_through, work, items_in_hand))
             if len(waiting) > 4 * num_workers:
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield the items by lists of `size`; the last may be shorter."""
+    iterator = iter(items)
+    while batch := [*islice(iterator, size)]:
+        yield batch
 
 
 def _work_through(work: Callable[[T], R], chunk: Sequence[T]) -> list[R]:

@@ -1,5 +1,6 @@
 """A scan or photograph to a page of ink: any format, either polarity, uneven paper."""
 
+import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,30 +28,53 @@ _COARSE_PX = 600
 def read_scan(path: Path) -> np.ndarray:
     """Return the image as ink, uint8 (H, W): 0 is paper, 255 is ink.
 
+    Light writing on a dark ground is turned round; paper is evened out.
+
+    Raises:
+        UserError: see `read_grey`.
+    """
+    return ink(read_grey(path, where=str(path)))
+
+
+def read_grey(file: Path | bytes, *, where: str) -> np.ndarray:
+    """Return the image as grey, uint8 (H, W).
+
     Grey, RGB, palette, CMYK and 16-bit images; transparency shows white paper; the camera's
-    orientation is obeyed; light writing on a dark ground is turned round; paper is evened out.
+    orientation is obeyed.
+
+    Args:
+        file: a path, or the bytes of a file.
+        where: the path to name to a person.
 
     Raises:
         UserError: not an image of FORMATS, broken, or larger than MAX_PIXELS.
     """
+    opened = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
-        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with (
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            Image.open(opened, formats=FORMATS) as image,
+        ):
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(
-                    f"{path} claims {image.width}x{image.height} px, and {MAX_PIXELS:,} are the most. "
+                    f"{where} claims {image.width}x{image.height} px, and {MAX_PIXELS:,} are the most. "
                     "Scale it down."
                 )
-            grey = _grey(ImageOps.exif_transpose(image))
+            return _grey(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:
+        raise UserError(
+            f"{where} claims more than {MAX_PIXELS:,} px, which are the most. Scale it down."
+        ) from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{path} is no {', '.join(FORMATS)} image. Convert it.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Mend it or take it out.") from error
-    return ink(grey)
+        raise UserError(f"{where} is no {', '.join(FORMATS)} image. Convert it.") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{where} cannot be read: {error}. Mend it or take it out.") from error
 
 
 def _grey(image: Image.Image) -> np.ndarray:
     """Return the image as uint8 grey."""
+    if image.mode == "L" and "transparency" not in image.info:
+        return np.asarray(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits
         wide = np.asarray(image, dtype=np.float64)
         return np.clip(wide / max(wide.max(), 1) * 255, 0, 255).astype(np.uint8)

@@ -9,8 +9,11 @@
 A file is written aside and renamed when whole, and never changes afterwards.
 """
 
+import io
 import os
+import time
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -28,6 +31,7 @@ _NUMBERS: dict[str, tuple[int, ...]] = {"canvas": (), "place": (), "size": (2,)}
 _WORDS = ("text", "split", "source", "writer")
 
 _GZIP_LEVEL = 1  # level 4 saves 8% of the bytes and writes at half the speed
+_ABANDONED_S = 86_400  # since the last write; then its writer is dead
 _GROWTH = 256  # rows by which a dataset of images is extended at a time
 
 
@@ -80,8 +84,11 @@ class StoreWriter:
     """Writes a store under a temporary name; leaving the `with` block in peace makes it appear.
 
     An exception inside the block leaves nothing behind. A killed process leaves a hidden file
-    `.<name>.<random>.tmp`, which nothing takes for a store. If two writers finish the same path, the
-    later wins.
+    `.<name>.<random>.tmp`, which nothing takes for a store, and which a writer removes a day later.
+    If two writers finish the same path, the later wins.
+
+    Raises:
+        UserError: the folder cannot be written to, or the disk is full.
     """
 
     def __init__(self, path: Path, *, fingerprint: str) -> None:
@@ -93,7 +100,15 @@ class StoreWriter:
 
     def __enter__(self) -> "StoreWriter":
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = h5py.File(self._aside, "w", libver="v110", track_times=False)
+        for left in self._path.parent.glob(f".{self._path.name}.*.tmp"):
+            with suppress(FileNotFoundError):  # its writer is done
+                if time.time() - left.stat().st_mtime > _ABANDONED_S:
+                    left.unlink()
+        try:
+            self._disk = _Disk(self._aside)
+        except OSError as error:
+            raise self._refusal(error) from error
+        self._file = h5py.File(self._disk, "w", libver="v110", track_times=False)
         return self
 
     def add(self, packed: PackedParagraph) -> None:
@@ -102,6 +117,8 @@ class StoreWriter:
         if place == len(images):
             images.resize(place + _GROWTH, axis=0)
         images.id.write_direct_chunk((place, 0, 0), packed.chunk)
+        if self._disk.error is not None:
+            raise self._refusal(self._disk.error)
         self._places[packed.canvas] = place + 1
         self._columns["canvas"].append(list(self._places).index(packed.canvas))
         self._columns["place"].append(place)
@@ -113,10 +130,20 @@ class StoreWriter:
             if kind is None:
                 self._write_columns()
             self._file.close()
+            self._disk.close()
+            if kind is None and self._disk.error is not None:
+                raise self._refusal(self._disk.error)
             if kind is None:
                 self._aside.replace(self._path)
         finally:
+            self._disk.close()
             self._aside.unlink(missing_ok=True)
+
+    def _refusal(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self._path.parent} cannot take {self._path.name}: {error.strerror}. Make room there, or "
+            "pass another outputs=<folder>."
+        )
 
     def _images(self, canvas: tuple[int, int]) -> h5py.Dataset:
         name = f"images/{canvas[0]}x{canvas[1]}"
@@ -149,6 +176,54 @@ class StoreWriter:
             fingerprint=self._fingerprint,
             canvases=np.array(list(self._places), np.int32).reshape(-1, 2),
         )
+
+
+class _Disk(io.RawIOBase):
+    """A new file that HDF5 writes through.
+
+    HDF5 does not live through a full disk: it crashes the process at its end. So it is never told; the
+    error is kept for who asks, and what is written after it is lost.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("x+b", buffering=0)
+        self.error: OSError | None = None
+
+    def write(self, data) -> int:
+        view = memoryview(data).cast("B")
+        try:
+            done = 0
+            while done < len(view) and self.error is None:
+                done += self._file.write(view[done:]) or 0
+        except OSError as error:
+            self.error = error
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            self._file.truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+        return size or 0
+
+    def readinto(self, buffer) -> int:
+        return self._file.readinto(buffer) or 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the file once its bytes are on the disk, where a network's error shows."""
+        if self._file.closed:
+            return
+        try:
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as error:
+            self.error = self.error or error
 
 
 class Store:
