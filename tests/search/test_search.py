@@ -20,13 +20,14 @@ from quick_search import command, environment, runs, search
 
 from paragraph_ocr.build import build_recognizer, build_vocabulary, load_weights
 from paragraph_ocr.search.study import counts, open_storage, verdict
-from paragraph_ocr.validation import compose, validate
+from paragraph_ocr.validation import CONF, compose, validate
 
 ROOT = Path(__file__).parents[2]
 
 
 def trials(outputs: Path, name: str = "quick") -> list[optuna.trial.FrozenTrial]:
-    storage = open_storage(f"journal:///{outputs}/studies/quick/journal.log")
+    folder = name.removesuffix(".confirmed")
+    storage = open_storage(f"journal:///{outputs}/studies/{folder}/journal.log")
     return optuna.load_study(study_name=name, storage=storage).trials
 
 
@@ -96,6 +97,19 @@ def test_a_search_leaves_a_parent_with_table_and_plots_and_children_by_name(conf
         assert refused.returncode == 2, changed
         (line,) = refused.stderr.strip().splitlines()
         assert said in line and "hydra.sweeper.study_name=" in line
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "search").glob("*.yaml")))
+def test_every_search_that_is_shipped_runs_a_trial(name, tmp_path):
+    outputs = tmp_path / "outputs"
+    typed = [
+        f"search={name}", "datamodule=fake", "debug=ci", f"outputs={outputs}",
+        "hydra.sweeper.n_trials=1", "hydra.sweeper.n_jobs=1", "hydra.sweeper.winners={}",
+    ]  # fmt: skip
+    train = [sys.executable, str(ROOT / "train.py"), *typed]
+    done = subprocess.run(train, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [verdict(t) for t in trials(outputs, name) if counts(t)] == ["complete"]
 
 
 def kill_and_go_on(conf, outputs, *, total, kills, seconds, arguments=()):
