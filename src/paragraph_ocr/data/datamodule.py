@@ -10,16 +10,21 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from paragraph_ocr import console
+from paragraph_ocr.data.augment import Strengths
 from paragraph_ocr.data.corpus import Corpus
 from paragraph_ocr.data.dataset import Item, ParagraphDataset, collate
 from paragraph_ocr.data.store import Store
 from paragraph_ocr.data.text import SPLITS
 from paragraph_ocr.errors import UserError
-from paragraph_ocr.vocabulary import Vocabulary
+from paragraph_ocr.vocabulary import Vocabulary, listed, normalise
 
 
 class Order(DistributedSampler[int]):
     """One process's share of the positions 0 to `length`, in an order that seed and epoch decide.
+
+    Each epoch's positions go on where those of the epoch before end, so that a position tells a
+    worker, which lives on from epoch to epoch, also the epoch.
 
     By type a DistributedSampler, because Lightning would wrap any other in one that keeps the order
     of the first epoch.
@@ -55,7 +60,7 @@ class Order(DistributedSampler[int]):
             order = np.random.default_rng([self.order_seed, self.epoch]).permutation(self.length)
         mine = np.resize(order, self._total())[self.rank :: self.num_replicas]
         done = self.start[1] if self.epoch == self.start[0] else 0
-        return iter(mine[done:].tolist())
+        return iter((self.epoch * self.length + mine[done:]).tolist())
 
     def _total(self) -> int:
         if not self.even:
@@ -71,6 +76,7 @@ class ParagraphDataModule(pl.LightningDataModule):
         max_length: tokens that a transcription may have, start and end included.
         overfit_batches: a number of batches, or (a float) a share of them, that are all there is:
             unshuffled, the same in training, validation and test. 0 uses all data properly.
+        strengths: of the augmentation that the loader's workers do to training pages; None is none.
         progress: told (done, total) while a store is being prepared.
     """
 
@@ -84,6 +90,7 @@ class ParagraphDataModule(pl.LightningDataModule):
         num_workers: int,
         max_length: int,
         overfit_batches: int | float = 0,
+        strengths: Strengths | None = None,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -91,6 +98,7 @@ class ParagraphDataModule(pl.LightningDataModule):
         self.corpus, self.root, self.vocabulary = corpus, root, vocabulary
         self.batch_size, self.num_workers = batch_size, num_workers
         self.max_length, self.overfit_batches, self.seed = max_length, overfit_batches, seed
+        self.strengths = strengths or Strengths()
         self._progress = progress
         self._datasets: dict[str, ParagraphDataset] = {}
         self._start = (0, 0)  # epoch, batches done in it
@@ -110,6 +118,7 @@ class ParagraphDataModule(pl.LightningDataModule):
         store = Store(self.corpus.prepare(self.root, num_workers=0))
         texts = [self.vocabulary.prepare(text) for text in store.texts]
         self.vocabulary.require(texts)
+        self._tell_unknown(store.texts)
         lengths = [(len(text) + 2, store.sources[row]) for row, text in enumerate(texts)]
         too_long = [(length, source) for length, source in lengths if length > self.max_length]
         if too_long:
@@ -122,12 +131,24 @@ class ParagraphDataModule(pl.LightningDataModule):
                 f"datamodule.max_length={max(too_long)[0]} or more."
             )
         for split in SPLITS:
-            self._datasets[split] = ParagraphDataset(store, store.rows(split), self.vocabulary)
+            rows = store.rows(split)
+            augmentation = (self.strengths, self.seed) if split == "train" else None
+            self._datasets[split] = ParagraphDataset(
+                store, rows, self.vocabulary, augmentation=augmentation
+            )
         if self.overfit_batches:
             train = self._datasets["train"]
             rows = train.rows[: self._num_overfit_batches(len(train)) * self.batch_size]
             same = ParagraphDataset(store, rows, self.vocabulary)
             self._datasets = dict.fromkeys(SPLITS, same)
+
+    def _tell_unknown(self, texts: Sequence[str]) -> None:
+        """Say which characters are dropped or replaced, and how often."""
+        plain = (normalise(text, fold=self.vocabulary.fold) for text in texts)
+        if unknown := self.vocabulary.unknown(plain):
+            console.warn(
+                f"vocabulary.unknown={self.vocabulary.treatment} changes {listed(unknown)}."
+            )
 
     def _num_overfit_batches(self, length: int) -> int:
         if isinstance(self.overfit_batches, int):

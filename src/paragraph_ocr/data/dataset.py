@@ -8,6 +8,8 @@ import torch
 from torch.utils.data import Dataset
 
 from paragraph_ocr.batch import Batch
+from paragraph_ocr.data.augment import Strengths
+from paragraph_ocr.data.augment_page import augment_page
 from paragraph_ocr.data.store import Store
 from paragraph_ocr.vocabulary import Vocabulary
 
@@ -22,19 +24,37 @@ class Item(NamedTuple):
 
 
 class ParagraphDataset(Dataset[Item]):
-    """Some rows of a store, in the order given."""
+    """Some rows of a store, in the order given, over and over: len(dataset) after a position is the
+    same paragraph in the next epoch.
 
-    def __init__(self, store: Store, rows: Sequence[int], vocabulary: Vocabulary) -> None:
+    Args:
+        augmentation: strengths and seed. The page of a row depends on seed, epoch and row alone.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rows: Sequence[int],
+        vocabulary: Vocabulary,
+        *,
+        augmentation: tuple[Strengths, int] | None = None,
+    ) -> None:
         self.store, self.rows, self.vocabulary = store, list(map(int, rows)), vocabulary
+        self.augmentation = augmentation
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Item:
-        row = self.rows[index]
+        epoch, position = divmod(index, len(self))
+        row = self.rows[position]
         height, width = map(int, self.store.sizes[row])
         tokens = self.vocabulary.encode(self.vocabulary.prepare(self.store.texts[row]))
-        return Item(self.store.image(row), tokens, (height, width), row)
+        image = self.store.image(row)
+        if self.augmentation is not None:
+            strengths, seed = self.augmentation
+            image = augment_page(image, strengths, np.random.default_rng([seed, epoch, row]))
+        return Item(image, tokens, (height, width), row)
 
 
 def collate(items: Sequence[Item], *, pad: int = Vocabulary.pad) -> Batch:
