@@ -84,6 +84,10 @@ def test_a_mistake_is_one_line_with_the_remedy(typed, said):
             "not belong to this model",
         ),
         ("model=line_cnn datamodule=synthetic_lines model.loss=ctd", "Pass model.loss=ctc"),
+        (
+            "model=line_cnn datamodule=synthetic_lines model.window_stride_px=7",
+            "Pass model.window_stride_px=8",
+        ),
         ("vocabulary.unknown=replace vocabulary.replacement=ab", "must be a single character"),
         ("vocabulary.unknown=replace vocabulary.replacement=_", "is not in vocabulary.characters"),
         ("datamodule=emnist_lines datamodule.min_overlap=0.5", "is above datamodule.max_overlap"),

@@ -140,7 +140,7 @@ def _line_cnn(model: LineCnnModel, experiment: Experiment, vocabulary: Vocabular
         raise UserError(
             f"model.window_stride_px={model.window_stride_px} gives {windows} windows, and CTC needs "
             f"{needed} for datamodule.max_length={data.max_length}. "
-            f"Pass model.window_stride_px={max(1, data.width // (needed + 1))}."
+            f"Pass model.window_stride_px={max(2, data.width // (needed + 1) // 2 * 2)}."
         )
     return line_cnn
 

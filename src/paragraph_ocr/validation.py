@@ -58,7 +58,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "model.decoder.heads": (1, 1024),
     "model.decoder.feed_forward": (1, 1_000_000),
     "model.window_width_px": (2, 10_000),
-    "model.window_stride_px": (1, 10_000),
+    "model.window_stride_px": (2, 10_000),
     "model.channels": (1, 10_000),
     "model.width": (1, 1_000_000),
     "datamodule.batch_size": (1, 1_000_000),
@@ -285,8 +285,8 @@ def _check_combinations(experiment: Experiment) -> None:
     match experiment.model:
         case TransformerModel(decoder=decoder):
             _check_decoder(decoder)
-        case LineCnnModel():
-            _check_line_cnn(experiment)
+        case LineCnnModel() as model:
+            _check_line_cnn(model, experiment)
     _check_vocabulary(experiment.vocabulary)
     if experiment.optimizer.lr == 0:
         raise UserError("optimizer.lr=0 learns nothing. Pass optimizer.lr=1e-3.")
@@ -360,8 +360,14 @@ def _check_decoder(decoder: DecoderConfig) -> None:
         )
 
 
-def _check_line_cnn(experiment: Experiment) -> None:
+def _check_line_cnn(model: LineCnnModel, experiment: Experiment) -> None:
     data = experiment.datamodule
+    for key in ("window_width_px", "window_stride_px"):
+        if (value := getattr(model, key)) % 2:
+            raise UserError(
+                f"model.{key}={value} must be even, because pooling halves the line. "
+                f"Pass model.{key}={value + 1}."
+            )
     if isinstance(data, GeneratedData) and data.max_lines > 1:
         raise UserError(
             f"model=line_cnn reads single lines, and datamodule={data.name} has up to "

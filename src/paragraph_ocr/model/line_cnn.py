@@ -14,7 +14,10 @@ LOSSES = ("windows", "ctc")
 
 
 class LineCnn(Reader):
-    """LeNet-like: two convolutions, pooling and a hidden layer look at each window alone.
+    """LeNet-like: two convolutions and pooling over the line, then a hidden layer over each window.
+
+    The convolutions run once over the whole line, so that windows that overlap share their work; at
+    its edges a window therefore sees 2 px of its neighbours, where the lab's sees paper.
 
     With loss "windows", as in the FSDL 2022 lab's LineCNNSimple, window i is character i and the first
     window after the text is its end: right where characters stand `window_stride_px` apart, and only
@@ -23,6 +26,7 @@ class LineCnn(Reader):
 
     Args:
         height: of the line in pixels; lower images are padded with paper.
+        window_width_px, window_stride_px: even, because pooling halves the line.
         width: of the hidden layer.
         blank: the token that CTC writes for nothing.
     """
@@ -44,6 +48,8 @@ class LineCnn(Reader):
         super().__init__()
         if loss not in LOSSES:
             raise ValueError(f"loss {loss!r} is none of {LOSSES}")
+        if window_width_px % 2 or window_stride_px % 2:
+            raise ValueError(f"windows {window_width_px} px wide, {window_stride_px} px apart")
         self.height = height
         self.window_width_px, self.window_stride_px = window_width_px, window_stride_px
         self.kind, self.special, self.blank = loss, special, blank
@@ -54,8 +60,12 @@ class LineCnn(Reader):
             nn.ReLU(),
             nn.Dropout(dropout),
             nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(channels * (height // 2) * (window_width_px // 2), width),
+            nn.Conv2d(
+                channels,
+                width,
+                (height // 2, window_width_px // 2),
+                stride=(1, window_stride_px // 2),
+            ),
             nn.ReLU(),
         )
         self.head = nn.Linear(width, num_tokens)
@@ -89,9 +99,7 @@ class LineCnn(Reader):
         count = max(at_least, self.num_windows(width))
         covered = (count - 1) * self.window_stride_px + self.window_width_px
         pages = F.pad(pages, (0, covered - width, 0, self.height - height))
-        windows = pages.unfold(3, self.window_width_px, self.window_stride_px)  # B 1 H T W
-        windows = windows.permute(0, 3, 1, 2, 4).flatten(0, 1)
-        return self.head(self.encoder(windows)).unflatten(0, (len(images), count))
+        return self.head(self.encoder(pages).squeeze(2).mT)
 
     def forward(
         self,
