@@ -8,6 +8,17 @@ from paragraph_ocr.model.generate import Greedy, SpecialTokens
 from paragraph_ocr.model.line_cnn import LineCnn
 
 START, END, PAD = 1, 2, 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads of torch, on cores that are busy, take twenty times as long for steps this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 NUM_TOKENS = 9
 
 
