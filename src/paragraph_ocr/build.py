@@ -8,13 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from jaxtyping import UInt8
 from pytorch_lightning.callbacks import Callback, EarlyStopping
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from paragraph_ocr.config import (
     DataConfig,
@@ -29,6 +32,7 @@ from paragraph_ocr.config import (
     TransformerModel,
 )
 from paragraph_ocr.data.augment import Augment, Strengths
+from paragraph_ocr.data.augment_page import augment_page
 from paragraph_ocr.data.corpus import Corpus
 from paragraph_ocr.data.datamodule import ParagraphDataModule
 from paragraph_ocr.data.emnist import EmnistCorpus, EmnistLinesCorpus
@@ -188,6 +192,20 @@ def build_strengths(experiment: Experiment) -> Strengths:
     if experiment.trainer.overfit_batches:
         return Strengths()
     return Strengths(**asdict(experiment.regularization.augmentation))
+
+
+def augment_somewhere(
+    images: UInt8[Tensor, "B 1 H W"], experiment: Experiment
+) -> UInt8[Tensor, "B 1 H W"]:
+    """Return pages as training would see them, whether on the device or by the loader's workers."""
+    if experiment.regularization.augment_on == "device":
+        return build_augment(experiment)(images)
+    strengths = build_strengths(experiment)
+    pages = [
+        augment_page(page[0].numpy(), strengths, np.random.default_rng([experiment.seed, index]))
+        for index, page in enumerate(images)
+    ]
+    return torch.from_numpy(np.stack(pages)[:, None])
 
 
 def build_learner(experiment: Experiment, recognizer: Reader, vocabulary: Vocabulary) -> Learner:

@@ -12,12 +12,18 @@ from paragraph_ocr.model.reader import Reader, token_loss
 
 LOSSES = ("windows", "ctc")
 
+_INK = 0.25
+"""Share of full ink from which a pixel counts as writing."""
+
 
 class LineCnn(Reader):
     """LeNet-like: two convolutions and pooling over the line, then a hidden layer over each window.
 
     The convolutions run once over the whole line, so that windows that overlap share their work; at
     its edges a window therefore sees 2 px of its neighbours, where the lab's sees paper.
+
+    A window of paper may be a space or lie beyond the end, and looks the same; so each window is also
+    told whether ink follows on its line.
 
     With loss "windows", as in the FSDL 2022 lab's LineCNNSimple, window i is character i and the first
     window after the text is its end: right where characters stand `window_stride_px` apart, and only
@@ -68,7 +74,7 @@ class LineCnn(Reader):
             ),
             nn.ReLU(),
         )
-        self.head = nn.Linear(width, num_tokens)
+        self.head = nn.Linear(width + 1, num_tokens)  # and whether ink follows
 
     def num_windows(self, width_px: int) -> int:
         """Return how many windows cover a line."""
@@ -99,7 +105,12 @@ class LineCnn(Reader):
         count = max(at_least, self.num_windows(width))
         covered = (count - 1) * self.window_stride_px + self.window_width_px
         pages = F.pad(pages, (0, covered - width, 0, self.height - height))
-        return self.head(self.encoder(pages).squeeze(2).mT)
+        columns = torch.arange(pages.shape[3], device=pages.device)
+        inked = (pages > _INK).any(dim=2)[:, 0] * (columns + 1)
+        starts = columns[:: self.window_stride_px][:count]
+        follows = starts < inked.amax(dim=1, keepdim=True)
+        features = self.encoder(pages).squeeze(2).mT
+        return self.head(torch.cat([features, follows.unsqueeze(2).to(features)], dim=2))
 
     def forward(
         self,
