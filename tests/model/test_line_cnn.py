@@ -42,7 +42,9 @@ def bars(texts, *, pitch=12, width=72) -> torch.Tensor:
     lines = torch.zeros(len(texts), 1, 16, width, dtype=torch.uint8)
     for row, text in enumerate(texts):
         for place, token in enumerate(text):
-            top = 3 * (token - 4)  # none of it is on the line for a space
+            if token == SPACE:
+                continue
+            top = 3 * (token - 4)
             lines[row, 0, top : top + 3, place * pitch + 2 : (place + 1) * pitch - 2] = 255
     return lines
 
