@@ -83,6 +83,10 @@ def test_a_mistake_is_one_line_with_the_remedy(typed, said):
             "model=line_cnn datamodule=synthetic_lines model.encoder.stage=3",
             "not belong to this model",
         ),
+        (
+            "model=line_cnn datamodule=synthetic_lines model/encoder=resnet34",
+            "is no part of the chosen",
+        ),
         ("model=line_cnn datamodule=synthetic_lines model.loss=ctd", "Pass model.loss=ctc"),
         (
             "model=line_cnn datamodule=synthetic_lines model.window_stride_px=7",

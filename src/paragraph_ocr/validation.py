@@ -215,6 +215,12 @@ def _unknown_key(key: str, value: Any = None) -> UserError:
     written = key if value is None else f"{key}={value}"
     known = _schema()
     parent, _, last = key.rpartition(".")
+    if "/" in key and key.replace("/", ".") in known:
+        first = key.partition("/")[0]
+        return UserError(
+            f"{written} is no part of the chosen {first}. "
+            f"Pass a {first}=<choice> that has it, or leave it out."
+        )
     if is_dataclass(known.get(key)):
         return _wrong_type(key, value)
     if last == "extra":

@@ -172,9 +172,9 @@ class EmnistCorpus:
     def _check_canvas(self, width: int, what: str) -> None:
         if self.height < SIZE_PX or width < SIZE_PX or width > self.width:
             raise UserError(
-                f"datamodule.height={self.height} and width={self.width} hold not {what} of "
+                f"datamodule.height={self.height} and width={self.width} are too small for {what} of "
                 f"{SIZE_PX} px. Pass datamodule.height={max(32, self.height)} "
-                f"datamodule.width={max(32, width)}."
+                f"datamodule.width={-(-width // 32) * 32}."
             )
 
     def _pools(self) -> dict[str, "Pool"]:
