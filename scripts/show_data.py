@@ -52,24 +52,25 @@ def show(overrides: list[str]) -> None:
     store = Store(datamodule.corpus.prepare(datamodule.root, num_workers=0))
     split = next(split for split in ("val", "train", "test") if store.rows(split))
     some = ParagraphDataset(store, store.rows(split)[:NUM_PARAGRAPHS], vocabulary)
-    images = collate([some[index] for index in range(len(some))]).images
+    batch = collate([some[index] for index in range(len(some))])
+    few = collate([some[index] for index in range(min(NUM_IN_LEVELS, len(some)))])
+    images = batch.images
     texts = [vocabulary.prepare(store.texts[row]) for row in some.rows]
 
     columns = max(1, SHEET_PX // images.shape[-1])
-    seen = build.augment_somewhere(images, experiment)
+    seen = build.augment_somewhere(batch, experiment)
     sheets = {
         "data": contact_sheet([page[0].numpy() for page in images], texts, columns=columns),
         "augmented": contact_sheet([page[0].numpy() for page in seen], texts, columns=columns),
     }
     own = [override for override in overrides if not override.startswith("regularization")]
-    shown = images[:NUM_IN_LEVELS]
     levels = [
-        build.augment_somewhere(shown, validate(compose([*own, f"regularization={level}"])))
+        build.augment_somewhere(few, validate(compose([*own, f"regularization={level}"])))
         for level in LEVELS
     ]
     sheets["levels"] = contact_sheet(
         [page[0].numpy() for pages in zip(*levels, strict=True) for page in pages],
-        [level for _ in shown for level in LEVELS],
+        [level for _ in range(len(few)) for level in LEVELS],
         columns=len(LEVELS) if len(LEVELS) * images.shape[-1] < 2 * SHEET_PX else 1,
     )
 

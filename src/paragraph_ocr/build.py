@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from paragraph_ocr.batch import Batch
 from paragraph_ocr.config import (
     DataConfig,
     EmnistData,
@@ -194,18 +195,16 @@ def build_strengths(experiment: Experiment) -> Strengths:
     return Strengths(**asdict(experiment.regularization.augmentation))
 
 
-def augment_somewhere(
-    images: UInt8[Tensor, "B 1 H W"], experiment: Experiment
-) -> UInt8[Tensor, "B 1 H W"]:
+def augment_somewhere(batch: Batch, experiment: Experiment) -> UInt8[Tensor, "B 1 H W"]:
     """Return pages as training would see them, whether on the device or by the loader's workers."""
     if experiment.regularization.augment_on == "device":
-        return build_augment(experiment)(images)
-    strengths = build_strengths(experiment)
-    pages = [
-        augment_page(page[0].numpy(), strengths, np.random.default_rng([experiment.seed, index]))
-        for index, page in enumerate(images)
-    ]
-    return torch.from_numpy(np.stack(pages)[:, None])
+        return build_augment(experiment)(batch.images, batch.sizes)
+    strengths, pages = build_strengths(experiment), batch.images.clone()
+    for index, canvas in enumerate(pages[:, 0].numpy()):
+        height, width = canvas.shape if batch.sizes is None else batch.sizes[index].tolist()
+        generator = np.random.default_rng([experiment.seed, index])
+        canvas[:height, :width] = augment_page(canvas[:height, :width], strengths, generator)
+    return pages
 
 
 def build_learner(experiment: Experiment, recognizer: Reader, vocabulary: Vocabulary) -> Learner:

@@ -92,6 +92,24 @@ def test_ink_never_leaves_the_page():
         assert (middle[:, half:].amax(dim=1) > 60).all()
 
 
+def test_ink_stays_on_a_page_that_is_smaller_than_its_canvas():
+    torch.manual_seed(0)
+    page = bars(1, 64, 96)[0]
+    canvas = torch.zeros(48, 1, 96, 160, dtype=torch.uint8)
+    canvas[:, :, :64, :96] = page
+    sizes = torch.tensor([[64, 96]] * 48)
+    strengths = Strengths(**{name: STRONG[name] for name in GEOMETRY})
+    moved = Augment(strengths)(canvas, sizes)
+    assert moved[:, :, 64:].max() == 0
+    assert moved[..., 96:].max() == 0
+    # turned about its own centre: as if there were no canvas
+    torch.manual_seed(1)
+    alone = Augment(Strengths(rotation_deg=3.0))(page.repeat(4, 1, 1, 1))
+    torch.manual_seed(1)
+    among = Augment(Strengths(rotation_deg=3.0))(canvas[:4], sizes[:4])
+    assert (alone.int() - among[:, :, :64, :96].int()).abs().max() <= 1
+
+
 def test_a_shift_moves_ink_by_no_more_than_was_asked():
     torch.manual_seed(0)
     dot = torch.zeros(200, 1, 64, 64, dtype=torch.uint8)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 COARSE_PX, FINE_PX = 96, 24
@@ -57,8 +57,9 @@ class Strengths:
 class Augment(nn.Module):
     """Pages as another pen, hand, paper and scanner would give them.
 
-    All that is random comes from torch's global generator. Ink stays on the page: where it would
-    leave, the page is moved less and shrunk more. Without strengths the input itself is returned.
+    All that is random comes from torch's global generator. Ink stays on the page, which where `sizes`
+    are given (height and width in pixels) is smaller than its canvas: where it would leave, the page is
+    moved less and shrunk more. Without strengths the input itself is returned.
     """
 
     def __init__(self, strengths: Strengths) -> None:
@@ -66,13 +67,15 @@ class Augment(nn.Module):
         self.strengths = strengths
 
     @torch.no_grad()
-    def forward(self, images: UInt8[Tensor, "B 1 H W"]) -> UInt8[Tensor, "B 1 H W"]:
+    def forward(
+        self, images: UInt8[Tensor, "B 1 H W"], sizes: Int[Tensor, "B 2"] | None = None
+    ) -> UInt8[Tensor, "B 1 H W"]:
         strengths = self.strengths
         if not strengths.work:
             return images
         pages = images.float() / 255
         if strengths.move:
-            grid = self._grid(pages)
+            grid = self._grid(pages, sizes)
             pages = F.grid_sample(pages, grid, padding_mode="zeros", align_corners=False)
         if strengths.pen_px:
             pages = _pen(pages, strengths.pen_px)
@@ -87,15 +90,18 @@ class Augment(nn.Module):
             pages = pages + strengths.noise * _uniform(pages) * torch.randn_like(pages)
         return (pages.clamp(0, 1) * 255).round().to(torch.uint8)
 
-    def _grid(self, pages: Float[Tensor, "B 1 H W"]) -> Float[Tensor, "B H W 2"]:
+    def _grid(
+        self, pages: Float[Tensor, "B 1 H W"], sizes: Int[Tensor, "B 2"] | None
+    ) -> Float[Tensor, "B H W 2"]:
         """Return where each pixel comes from: projective about the centre, and elastic beyond it."""
         height, width = pages.shape[2:]
-        half = torch.tensor([width / 2, height / 2], device=pages.device)
-        view = _keep_ink(pages, self._view(pages, half), reach=1 + self._elastic_reach)
-        xs = torch.arange(width, device=pages.device) + 0.5 - width / 2
-        ys = torch.arange(height, device=pages.device) + 0.5 - height / 2
+        canvas = torch.tensor([width, height], device=pages.device)
+        half = (canvas.expand(len(pages), 2) if sizes is None else sizes.flip(1)) / 2
+        view = _keep_ink(pages, self._view(pages, half), half, reach=1 + self._elastic_reach)
+        xs = torch.arange(width, device=pages.device) + 0.5
+        ys = torch.arange(height, device=pages.device) + 0.5
         places = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1)
-        from_shift = places - view.shift[:, None, None]
+        from_shift = places - (half + view.shift)[:, None, None]
         depth = 1 + (from_shift * view.tilt[:, None, None]).sum(dim=-1, keepdim=True)
         grid = from_shift @ view.back.mT[:, None] / depth
         for strength, spacing in (
@@ -105,13 +111,13 @@ class Augment(nn.Module):
             if strength:
                 moved = strength * _uniform(pages) * _field(pages, spacing, 2)
                 grid = grid + moved.permute(0, 2, 3, 1)
-        return grid / half
+        return (grid + half[:, None, None]) / (canvas / 2) - 1
 
     @property
     def _elastic_reach(self) -> float:
         return self.strengths.elastic_px + self.strengths.tremor_px
 
-    def _view(self, pages: Tensor, half: Tensor) -> "View":
+    def _view(self, pages: Tensor, half: Float[Tensor, "B 2"]) -> "View":
         """Draw how each page is seen."""
         strengths = self.strengths
 
@@ -131,7 +137,7 @@ class Augment(nn.Module):
 class View(NamedTuple):
     """The map from a place p of the new page to its source: back @ (p - shift) / (1 + tilt . (p - shift)).
 
-    Pixels from the centre, (x, y); each part has the batch first.
+    Pixels from the centre of the page, (x, y).
     """
 
     back: Float[Tensor, "B 2 2"]
@@ -139,17 +145,19 @@ class View(NamedTuple):
     shift: Float[Tensor, "B 2"]
 
 
-def _keep_ink(pages: Float[Tensor, "B 1 H W"], view: View, *, reach: float) -> View:
+def _keep_ink(
+    pages: Float[Tensor, "B 1 H W"], view: View, half: Float[Tensor, "B 2"], *, reach: float
+) -> View:
     """Return the view, shrunk and shifted where it would carry ink off the page.
 
-    A transcription must stay true to its image. `reach` is how far in pixels anything else may move
-    ink. A projective map keeps what is convex so: the corners of the ink's bounds bound it afterwards.
+    A transcription must stay true to its image. `half` is half of each page's extent, `reach` how far
+    in pixels anything else may move ink. A projective map keeps what is convex so: the corners of the
+    ink's bounds bound it afterwards.
     """
-    height, width = pages.shape[2:]
     ink = pages[:, 0] > INK
     bounds = []
-    for along, length in ((ink.any(dim=1), width), (ink.any(dim=2), height)):
-        places = torch.arange(length, device=pages.device) + 0.5 - length / 2
+    for axis, along in enumerate((ink.any(dim=1), ink.any(dim=2))):
+        places = torch.arange(along.shape[1], device=pages.device) + 0.5 - half[:, axis, None]
         inside = torch.where(along, places, places.new_tensor(0.0))
         bounds += [inside.amin(dim=1) - reach, inside.amax(dim=1) + reach]
     left, right, top, bottom = bounds
@@ -159,7 +167,7 @@ def _keep_ink(pages: Float[Tensor, "B 1 H W"], view: View, *, reach: float) -> V
     flat = torch.linalg.inv(view.back) @ corners
     placed = flat / (1 - view.tilt.unsqueeze(1) @ flat)
     low, high = placed.amin(dim=2), placed.amax(dim=2)
-    room = torch.tensor([width, height], device=pages.device) - 2.0
+    room = 2 * half - 2.0
     size = (room / (high - low)).amin(dim=1, keepdim=True).clamp(max=1)
     low, high = low * size, high * size
     shift = torch.clamp(view.shift, -room / 2 - low, room / 2 - high)

@@ -53,7 +53,9 @@ class ParagraphDataset(Dataset[Item]):
         image = self.store.image(row)
         if self.augmentation is not None:
             strengths, seed = self.augmentation
-            image = augment_page(image, strengths, np.random.default_rng([seed, epoch, row]))
+            page, image = image[:height, :width], np.zeros_like(image)
+            generator = np.random.default_rng([seed, epoch, row])
+            image[:height, :width] = augment_page(page, strengths, generator)
         return Item(image, tokens, (height, width), row)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-import scipy.io
 
 from paragraph_ocr import console
 from paragraph_ocr.data import text
@@ -350,6 +349,8 @@ def _read_idx(file: _File, *, axes: int) -> np.ndarray:
 
 def _read_matlab(file: _File) -> dict[str, Half]:
     """Return both halves of a MATLAB 5 file: dataset.{train,test}.{images,labels}."""
+    import scipy.io  # a quarter of a second, and nobody else needs it
+
     with _one_line_for(file), file.open() as stream:
         content = stream.read(_MAT_BYTES + 1)
         _check_unpacked_size(file, content)

@@ -79,7 +79,7 @@ class Learner(pl.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         # in float32, so that mixed precision sees the very pages that full precision does
         with torch.autocast(self.device.type, enabled=False):
-            images = self.augment(batch.images)
+            images = self.augment(batch.images, batch.sizes)
         inputs = add_token_noise(
             batch.tokens[:, :-1],
             share=self.token_noise,
