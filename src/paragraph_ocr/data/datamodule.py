@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytorch_lightning as pl
 import torch
@@ -197,6 +198,7 @@ class ParagraphDataModule(pl.LightningDataModule):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
+            worker_init_fn=_one_thread,
             generator=torch.Generator().manual_seed(self.seed),
         )
 
@@ -218,3 +220,8 @@ class ParagraphDataModule(pl.LightningDataModule):
 
     def _rows(self) -> Sequence[int]:
         return sorted({row for dataset in self._datasets.values() for row in dataset.rows})
+
+
+def _one_thread(worker: int) -> None:
+    """Keep OpenCV in a worker to its one thread, as torch is; a pool of threads does not outlive a fork."""
+    cv2.setNumThreads(0)
