@@ -174,7 +174,7 @@ def _keep_ink(
     return View(view.back / size.unsqueeze(2), view.tilt / size, shift)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)  # pages of many sizes
 def spline(length: int, spacing_px: int, step_px: int = 1) -> np.ndarray:
     """Return the weights (places, points) of control points `spacing_px` apart: Catmull and Rom's.
 

@@ -44,7 +44,8 @@ def augment_page(
         page = np.maximum(page, _paper(page.shape, strengths.paper * uniform(), generator))
     if strengths.noise:
         top, left = generator.integers(_NOISE_SPARE_PX, size=2)
-        grain = _grain(page.shape)[top : top + page.shape[0], left : left + page.shape[1]]
+        grain = _grain(*(-(-length // _NOISE_SPARE_PX) for length in page.shape))
+        grain = grain[top : top + page.shape[0], left : left + page.shape[1]]
         amount = 255 * strengths.noise * uniform() / _NOISE_SCALE
         page = cv2.addWeighted(page, 1, grain, amount, -128 * amount)
     return page
@@ -131,13 +132,14 @@ def _every_pixel(places: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return full[_STEP_PX : _STEP_PX + shape[0], _STEP_PX : _STEP_PX + shape[1]]
 
 
-@lru_cache(maxsize=4)
-def _grain(shape: tuple[int, ...]) -> np.ndarray:
-    """Return Gaussian noise uint8, larger than a page: 128 is none, _NOISE_SCALE a deviation.
+@lru_cache(maxsize=16)
+def _grain(down: int, across: int) -> np.ndarray:
+    """Return Gaussian noise uint8: 128 is none, _NOISE_SCALE a deviation.
 
-    Drawing normal numbers for every page would take longer than all the rest.
+    One step of _NOISE_SPARE_PX larger than the page, whose size is given in such steps. Drawing normal
+    numbers for every page would take longer than all the rest.
     """
-    sides = [length + _NOISE_SPARE_PX for length in shape]
+    sides = [_NOISE_SPARE_PX * (steps + 1) for steps in (down, across)]
     drawn = np.random.default_rng(0).standard_normal(sides, np.float32)
     return np.clip(np.rint(128 + _NOISE_SCALE * drawn), 0, 255).astype(np.uint8)
 
