@@ -40,6 +40,12 @@ def slow(session: nox.Session) -> None:
 
 
 @nox.session
+def soak(session: nox.Session) -> None:
+    """Searches killed twenty times, four processes on one study, memory over thirty trials: 15 minutes."""
+    session.run(*PYTHON, "pytest", "-m", "soak", "-s", *session.posargs)
+
+
+@nox.session
 def smoke(session: nox.Session) -> None:
     """The README's first command as a person types it: rendering, memorising, reading, MLflow."""
     session.run(*PYTHON, "pytest", "-m", "smoke", *session.posargs)

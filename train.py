@@ -7,6 +7,7 @@ Exit status: 0 done, 2 the user's mistake (one line), 1 anything else.
 
 import os
 import sys
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -14,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from paragraph_ocr.config import register_schema
-from paragraph_ocr.errors import UserError
+from paragraph_ocr.errors import Stopped, UserError
 from paragraph_ocr.validation import CONF, REFUSALS, explain, validate
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed by Hydra
@@ -22,8 +23,13 @@ register_schema()
 
 
 @hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")
-def train(composed: DictConfig) -> float:
-    """Run what Hydra composed; the figure is what a sweep compares."""
+def train(composed: DictConfig) -> Any:
+    """Run what Hydra composed, and return what a sweep compares: a figure, or a trial's measurements."""
+    if composed.get("trial") is not None:  # its mistakes are the study's to record
+        experiment = validate(composed)
+        from paragraph_ocr.search.trial import run_trial
+
+        return run_trial(experiment, HydraConfig.get().sweeper)
     try:
         experiment = validate(composed)
         if HydraConfig.get().mode == RunMode.MULTIRUN and experiment.trainer.devices != 1:
@@ -48,18 +54,22 @@ def main() -> int:
         return 0
     try:
         train()
+    except UserError as error:
+        return _refuse(error)
     except REFUSALS as error:
         return _refuse(explain(error))
+    except Stopped as stopped:
+        return _refuse(stopped, status=1)
     except KeyboardInterrupt:
         return 1
     return 0
 
 
-def _refuse(error: UserError) -> int:
+def _refuse(error: Exception, *, status: int = 2) -> int:
     from paragraph_ocr import console
 
     console.error(str(error))
-    return 2
+    return status
 
 
 if __name__ == "__main__":

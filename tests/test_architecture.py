@@ -12,9 +12,21 @@ SITES = {
     "timm": {"model/encoder.py"},
     "h5py": {"data/store.py"},
     "mlflow": {"tracking.py"},
-    "hydra": {"config.py", "validation.py", "sweep.py"},
     "scipy": {"data/emnist.py"},
-    "rich": {"console.py", "learning/callbacks.py"},
+    "hydra": {
+        "config.py",
+        "validation.py",
+        "sweep.py",
+        "search/search.py",
+        "search/space.py",
+        "search/trial.py",
+    },
+    "optuna": {
+        f"search/{name}.py" for name in ("report", "search", "space", "study", "trial", "view")
+    },
+    "rich": {"console.py", "learning/callbacks.py", "search/view.py"},
+    "matplotlib": {"search/report.py"},
+    "plotly": {"search/report.py"},
     "torchvision": set(),  # the tests' reference
 }
 

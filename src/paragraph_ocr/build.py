@@ -1,5 +1,8 @@
 """From an experiment to its parts: the only place that knows both config and objects."""
 
+import copy
+import functools
+import json
 import os
 import unicodedata
 from collections.abc import Callable
@@ -24,6 +27,7 @@ from paragraph_ocr.config import (
     DataConfig,
     EmnistData,
     EmnistLinesData,
+    EncoderConfig,
     Experiment,
     FolderData,
     GeneratedData,
@@ -117,7 +121,7 @@ def _transformer(
     model: TransformerModel, experiment: Experiment, vocabulary: Vocabulary
 ) -> Recognizer:
     data = experiment.datamodule
-    encoder = Encoder(**asdict(model.encoder))
+    encoder = build_encoder(model.encoder)
     encoder.check_canvas(data.height, data.width)
     decoder = Decoder(
         num_tokens=len(vocabulary),
@@ -152,6 +156,24 @@ def _line_cnn(model: LineCnnModel, experiment: Experiment, vocabulary: Vocabular
 
 def _special(vocabulary: Vocabulary) -> SpecialTokens:
     return SpecialTokens(vocabulary.start, vocabulary.end, vocabulary.pad)
+
+
+def build_encoder(config: EncoderConfig) -> Encoder:
+    """Return a new encoder; in a search, whose trials begin alike, a copy of the one built before.
+
+    The copy and the random numbers after it are bit for bit those of building anew.
+    """
+    state = torch.get_rng_state()
+    pristine, after = _pristine_encoder(json.dumps(asdict(config)), state.numpy().tobytes())
+    torch.set_rng_state(after)
+    return copy.deepcopy(pristine)
+
+
+@functools.lru_cache(maxsize=8)
+def _pristine_encoder(config: str, random_state: bytes) -> tuple[Encoder, torch.Tensor]:
+    """Return an encoder that nobody has trained, and the state of torch's generator after it."""
+    encoder = Encoder(**json.loads(config))
+    return encoder, torch.get_rng_state()
 
 
 def load_weights(recognizer: Reader, path: Path) -> None:
@@ -223,6 +245,7 @@ def build_learner(experiment: Experiment, recognizer: Reader, vocabulary: Vocabu
         augment=build_augment(experiment),
         decoding=build_decoding(experiment),
         max_length=experiment.datamodule.max_length,
+        max_loss_to_read=experiment.decoding.max_loss,
         label_smoothing=regularization.label_smoothing,
         token_noise=0.0 if trainer.overfit_batches else regularization.token_noise,
         num_samples=experiment.tracking.num_samples,
@@ -262,6 +285,11 @@ def build_corpus(data: DataConfig, characters: str, *, seed: int) -> Corpus:
     raise ValueError(f"no corpus for {type(data).__name__}")
 
 
+def writable(experiment: Experiment, vocabulary: Vocabulary) -> str:
+    """Return the characters that generated text keeps to: a found vocabulary must not change its data."""
+    return WRITABLE if experiment.vocabulary.from_data else "".join(vocabulary.characters)
+
+
 def _without_loading(data: DataConfig) -> dict[str, Any]:
     """Return the fields that say what the paragraphs are, not how they are loaded."""
     return {key: value for key, value in asdict(data).items() if key not in _LOADING}
@@ -279,9 +307,8 @@ def build_datamodule(
 ) -> ParagraphDataModule:
     data = experiment.datamodule
     in_workers = experiment.regularization.augment_on == "workers"
-    characters = WRITABLE if experiment.vocabulary.from_data else "".join(vocabulary.characters)
     return ParagraphDataModule(
-        build_corpus(data, characters, seed=experiment.seed),
+        build_corpus(data, writable(experiment, vocabulary), seed=experiment.seed),
         root=_stores(experiment),
         vocabulary=vocabulary,
         batch_size=data.batch_size,

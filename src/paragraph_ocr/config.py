@@ -174,6 +174,7 @@ class ScheduleConfig:
 class EarlyStoppingConfig:
     patience: int | None = None
     min_delta: float = 0.0
+    when_read: bool = True
 
 
 @dataclass
@@ -207,6 +208,7 @@ class DecodingConfig:
     name: str = MISSING
     beam_width: int = 1
     length_penalty: float = 0.0
+    max_loss: float | None = None
 
 
 @dataclass
@@ -223,6 +225,7 @@ class Experiment:
     seed: int = MISSING
     name: str | None = None
     outputs: str = MISSING
+    trial: int | None = None
     model: ModelConfig = MISSING
     datamodule: DataConfig = MISSING
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
@@ -233,6 +236,43 @@ class Experiment:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass
+class ReportConfig:
+    metric: str | None = None
+    every: str = "epoch"
+
+
+@dataclass
+class WinnerConfig:
+    where: dict[str, float] = field(default_factory=dict)
+    least: str = MISSING
+
+
+@dataclass
+class StudyConfig:
+    """The options of `hydra/sweeper=study`; those of Hydra's own Optuna sweeper keep their names."""
+
+    _target_: str = "hydra_plugins.paragraph_ocr_sweeper.StudySweeper"
+    study_name: str = MISSING
+    storage: str | None = None
+    objective: Any = MISSING
+    direction: Any = MISSING
+    n_trials: int = MISSING
+    n_jobs: int = 1
+    timeout: float | None = None
+    gpus: list[int] | None = None
+    max_failures: int = 5
+    params: dict[str, Any] = field(default_factory=dict)
+    when: dict[str, str] = field(default_factory=dict)
+    constraints: list[str] = field(default_factory=list)
+    sampler: dict[str, Any] = field(default_factory=dict)
+    pruner: dict[str, Any] = field(default_factory=dict)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    winners: dict[str, WinnerConfig] = field(default_factory=dict)
+    confirm: list[str] = field(default_factory=list)
+    _recursive_: bool = False  # sampler and pruner are made anew for each trial
 
 
 SCHEMAS: dict[str, type[DataConfig] | type[ModelConfig]] = {
@@ -253,5 +293,6 @@ def register_schema() -> None:
 
     store = ConfigStore.instance()
     store.store(name="schema", node=Experiment)
+    store.store(group="hydra/sweeper/schema", name="study", node=StudyConfig)
     for name, node in SCHEMAS.items():
         store.store(group="schema", name=name, node=node)

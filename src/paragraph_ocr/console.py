@@ -24,6 +24,11 @@ console = Console(width=None if "COLUMNS" in os.environ or Console().is_terminal
 _errors = Console(stderr=True, soft_wrap=True)
 
 
+def another() -> Console:
+    """Return a console of the same width that goes on when the common one is silenced."""
+    return Console(width=None if console.is_terminal else console.width)
+
+
 def say(message: str, *, style: str = "") -> None:
     """Print one line; its brackets are text, not markup."""
     console.print(Text(message, style=style), soft_wrap=True)

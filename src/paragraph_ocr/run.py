@@ -6,7 +6,7 @@ import re
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,13 @@ import yaml
 
 from paragraph_ocr import build, console
 from paragraph_ocr.config import Experiment
-from paragraph_ocr.learning.callbacks import KeepWeights, Measure, StopWhenRead, TrainingProgress
+from paragraph_ocr.learning.callbacks import (
+    KeepWeights,
+    Measure,
+    StopWhenRead,
+    TrainingProgress,
+    Watch,
+)
 from paragraph_ocr.learning.learner import Learner
 from paragraph_ocr.tracking import PARENT_VARIABLE, TrackedRun, database_uri
 
@@ -34,39 +40,63 @@ class Outcome:
     folder: Path
     metrics: dict[str, float]
     run_id: str | None
+    fit_seconds: float
+    """Spent on training, validation and test."""
 
 
-def run(experiment: Experiment, *, overrides: Sequence[str]) -> Outcome:
+def run(
+    experiment: Experiment,
+    *,
+    overrides: Sequence[str],
+    parent_folder: Path | None = None,
+    stem: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    watch: Watch | None = None,
+    quiet: bool = False,
+) -> Outcome:
     """Train, test and report one experiment.
 
     Model and optimizer are built before any data is touched, so that a mistake costs seconds.
 
     Args:
-        overrides: what was typed; names the run.
+        overrides: what was typed; names the run, unless the experiment has a name.
+        parent_folder: of the run's folder; None: `runs` in the outputs.
+        stem: the folder's name; None: made of the time and the run's name.
+        tags: further tags of the MLflow run.
+        watch: may end training early as pruned; then there is no test.
+        quiet: print nothing; somebody else shows what happens.
 
     Raises:
         UserError: a mistake that only building shows.
         KeyboardInterrupt, SystemExit: it was interrupted or terminated; MLflow says KILLED.
     """
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # of the processes that share this run
-    console.console.quiet = not first
+    console.console.quiet = quiet or not first
     _quiet_lightning()
     began = time.perf_counter()
     pl.seed_everything(experiment.seed, workers=True, verbose=False)
-    vocabulary = build.build_vocabulary(experiment)
-    recognizer = build.build_recognizer(experiment, vocabulary)
-    learner = build.build_learner(experiment, recognizer, vocabulary)
-    _announce(experiment, learner)
-
     outputs = Path(experiment.outputs)
     name = experiment.name or run_name(overrides)
+    try:
+        vocabulary = build.build_vocabulary(experiment)
+        recognizer = build.build_recognizer(experiment, vocabulary)
+        learner = build.build_learner(experiment, recognizer, vocabulary)
+    except Exception:
+        # a person's mistake leaves nothing behind; a trial that cannot be built is a result
+        refused = _track(experiment, outputs, name=name, tags=tags) if tags else None
+        with refused.ending() if refused else nullcontext():
+            raise
+    _announce(experiment, learner)
+
     if first:
-        folder = make_folder(outputs / "runs", name)
+        folder = make_folder(parent_folder or outputs / "runs", stem or _stem(name))
         os.environ[FOLDER_VARIABLE] = str(folder)
         (folder / "config.yaml").write_text(
             yaml.safe_dump(asdict(experiment), sort_keys=False, allow_unicode=True)
         )
-        tracked = _track(experiment, outputs, name=name, folder=folder)
+        tracked = _track(
+            experiment, outputs, name=name, tags={"folder": str(folder), **(tags or {})}
+        )
     else:
         folder, tracked = Path(os.environ[FOLDER_VARIABLE]), None
     with _termination_as_interrupt(), tracked.ending() if tracked else nullcontext():
@@ -79,25 +109,33 @@ def run(experiment: Experiment, *, overrides: Sequence[str]) -> Outcome:
         console.say(repr(datamodule))
         keep = KeepWeights(folder)
         callbacks: list[pl.Callback] = [keep, Measure(), TrainingProgress()]
-        if experiment.trainer.overfit_batches:
+        if watch is not None:
+            callbacks.append(watch)
+        if experiment.trainer.overfit_batches and experiment.trainer.early_stopping.when_read:
             callbacks.append(StopWhenRead())
         logger = tracked.logger() if tracked else None
         trainer = build.build_trainer(experiment, folder=folder, logger=logger, callbacks=callbacks)
+        fit_began = time.perf_counter()
         trainer.fit(learner, datamodule=datamodule)
         metrics = _metrics(trainer)
         limits = experiment.trainer
+        pruned = watch is not None and watch.pruned
         # max_steps or max_time may have ended it inside the first epoch
-        if "val/cer" not in metrics and limits.limit_val_batches:
+        if "val/cer" not in metrics and limits.limit_val_batches and not pruned:
             trainer.validate(learner, datamodule=datamodule, verbose=False)
             metrics |= _metrics(trainer)
         trainer.strategy.barrier()  # until the first process has written the weights
-        if keep.best_path.exists() and limits.limit_test_batches and not trainer.fast_dev_run:
+        tests = bool(limits.limit_test_batches) and not trainer.fast_dev_run and not pruned
+        if tests and keep.best_path.exists():
             build.load_weights(recognizer, keep.best_path)
             trainer.test(learner, datamodule=datamodule, verbose=False)
             metrics |= _metrics(trainer)
-        metrics["minutes"] = (time.perf_counter() - began) / 60
+        fit_seconds = time.perf_counter() - fit_began
+        metrics |= {"minutes": (time.perf_counter() - began) / 60, **_sizes(learner)}
+        if tracked and watch is not None:
+            tracked.tag("trial_state", "PRUNED" if pruned else "COMPLETE")
         _report(experiment, learner, metrics, folder=folder, name=name, tracked=tracked)
-    return Outcome(folder, metrics, tracked.run_id if tracked else None)
+    return Outcome(folder, metrics, tracked.run_id if tracked else None, fit_seconds)
 
 
 def run_name(overrides: Sequence[str]) -> str:
@@ -105,13 +143,17 @@ def run_name(overrides: Sequence[str]) -> str:
     return ",".join(overrides) or "default"
 
 
-def make_folder(parent: Path, name: str) -> Path:
-    """Return a new folder, named by the time and the run, that no other run has or gets.
+def _stem(name: str) -> str:
+    """Return a folder's name made of the time and the run's name.
 
-    Names keep to letters, digits, dots, dashes and underscores, so that a path can be typed as an
+    It keeps to letters, digits, dots, dashes and underscores, so that a path can be typed as an
     override without quoting.
     """
-    stem = time.strftime("%Y-%m-%d_%H-%M-%S_") + re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:80]
+    return time.strftime("%Y-%m-%d_%H-%M-%S_") + re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:80]
+
+
+def make_folder(parent: Path, stem: str) -> Path:
+    """Return a new folder that no other run has or gets."""
     for count in range(1, 10_000):
         folder = parent / (stem if count == 1 else f"{stem}_{count}")
         try:
@@ -148,7 +190,9 @@ def _sizes(learner: Learner) -> dict[str, float]:
     return {name: count / 1e6 for name, count in counts.items()}
 
 
-def _track(experiment: Experiment, outputs: Path, *, name: str, folder: Path) -> TrackedRun | None:
+def _track(
+    experiment: Experiment, outputs: Path, *, name: str, tags: Mapping[str, str]
+) -> TrackedRun | None:
     tracking = experiment.tracking
     if tracking.name == "off" or experiment.trainer.fast_dev_run:
         return None
@@ -156,7 +200,7 @@ def _track(experiment: Experiment, outputs: Path, *, name: str, folder: Path) ->
         outputs,
         name=name,
         parameters=flatten(asdict(experiment)),
-        tags={"folder": str(folder)},
+        tags=tags,
         experiment_name=tracking.experiment_name,
         uri=tracking.uri,
         parent=os.environ.get(PARENT_VARIABLE),
@@ -192,7 +236,8 @@ def _report(
     """Leave figures, readings and images in MLflow, and show the panel."""
     pairs = [(sample.truth, sample.reading) for sample in learner.samples]
     if tracked:
-        tracked.log_metrics({"minutes": metrics["minutes"], **_sizes(learner)}, step=0)
+        measured = {name: metrics[name] for name in ("minutes", *_sizes(learner))}
+        tracked.log_metrics(measured, step=0)
         tracked.log_readings(pairs, name="readings")
         tracked.log_images([sample.image.numpy() for sample in learner.samples], folder="samples")
     console.show_outcome(
@@ -236,5 +281,6 @@ def _quiet_lightning() -> None:
         ".*LeafSpec.*",
         ".*GPU available but not used.*",
         ".*isinstance.treespec, LeafSpec.*",
+        ".*module.s. in eval mode at the start of training.*",
     ):
         warnings.filterwarnings("ignore", text)

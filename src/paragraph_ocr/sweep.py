@@ -21,8 +21,8 @@ class ParentRun(Callback):
         self._open = contextlib.ExitStack()
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if config.tracking.name == "off":
-            return
+        if config.tracking.name == "off" or config.hydra.sweeper.get("study_name"):
+            return  # a study's run is the search's own, shared by its processes and restarts
         from paragraph_ocr import tracking
 
         run = tracking.TrackedRun(

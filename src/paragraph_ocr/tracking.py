@@ -1,12 +1,13 @@
 """MLflow: a run opened once, told the truth about its end, with what a person compares in it."""
 
+import functools
 import json
 import logging
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ import numpy as np
 from mlflow.entities import Metric, Param, RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-from mlflow.utils.async_logging.run_operations import RunOperations
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
@@ -31,6 +31,8 @@ for _talkative in ("mlflow", "alembic"):
 
 PARENT_VARIABLE = "PARAGRAPH_OCR_PARENT_RUN"
 """Environment variable through which a sweep tells its jobs the id of their parent run."""
+
+SECONDS_BETWEEN_WRITES = 3.0
 
 DEFAULT_EXPERIMENT = "paragraph_ocr"
 
@@ -92,7 +94,8 @@ class TrackedRun:
         self.run_id = self.client.create_run(experiment, run_name=name, tags=tags).info.run_id
         self.uri = database_uri(outputs, uri)
         self._system_metrics = system_metrics
-        self._pending: list[RunOperations] = []
+        self._buffer: list[Metric] = []
+        self._flushed = time.monotonic()
         # MLflow cuts a value at 250 characters here and there; the whole config is an artifact
         listed = [Param(key, str(value)[:250]) for key, value in parameters.items()]
         for start in range(0, len(listed), 100):
@@ -112,27 +115,37 @@ class TrackedRun:
         except (KeyboardInterrupt, SystemExit):
             status = RunStatus.KILLED
             raise
+        except Exception as error:
+            self.tag("reason", f"{type(error).__name__}: {error}")
+            raise
         finally:
             if monitor is not None:
                 monitor.finish()
-            for pending in self._pending:
-                pending.wait()
+            self._flush()
             self.client.set_terminated(self.run_id, RunStatus.to_string(status))
 
     def logger(self) -> Logger:
         """Return Lightning's logger on this run."""
         return _MetricsLogger(self)
 
+    def tag(self, key: str, value: str) -> None:
+        self.client.set_tag(self.run_id, key, value[:5000])
+
     def log_file(self, path: Path, folder: str | None = None) -> None:
         self.client.log_artifact(self.run_id, str(path), folder)
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Log without waiting for the database; `ending` waits for what is under way."""
+        """Log, a few seconds' metrics at a time: the database takes milliseconds for each call."""
         now = int(time.time() * 1000)
-        listed = [Metric(name, float(value), now, step) for name, value in metrics.items()]
-        pending = self.client.log_batch(self.run_id, metrics=listed, synchronous=False)
-        if pending is not None:
-            self._pending.append(pending)
+        self._buffer += [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        if time.monotonic() - self._flushed > SECONDS_BETWEEN_WRITES:
+            self._flush()
+
+    def _flush(self) -> None:
+        for start in range(0, len(self._buffer), 1000):  # MLflow takes no more at once
+            self.client.log_batch(self.run_id, metrics=self._buffer[start : start + 1000])
+        self._buffer.clear()
+        self._flushed = time.monotonic()
 
     def log_images(self, images: Sequence[np.ndarray], *, folder: str) -> None:
         """Log pages ("H W", 0 is paper) as dark ink on white."""
@@ -148,6 +161,89 @@ class TrackedRun:
             "cer": [round(character_error_rate([r], [t]), 4) for t, r in pairs],
         }
         self.client.log_table(self.run_id, table, f"{name}.json")
+
+
+class SharedRun:
+    """A parent run that several processes, side by side or one after another, write to.
+
+    The first to come makes it; it is found again by its tags.
+    """
+
+    def __init__(
+        self,
+        outputs: Path,
+        *,
+        name: str,
+        tags: Mapping[str, str],
+        experiment_name: str = DEFAULT_EXPERIMENT,
+        uri: str | None = None,
+    ) -> None:
+        self.client, self._experiment = open_experiment(outputs, name=experiment_name, uri=uri)
+        self._filter = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        found = self._find()
+        if not found:
+            all_tags = {**_environment_tags(), **tags}
+            self.client.create_run(self._experiment, run_name=name, tags=all_tags)
+            found = self._find()
+            for surplus in found[1:]:  # another process came at the same moment
+                self.client.delete_run(surplus)
+        self.run_id = found[0]
+
+    def _find(self) -> list[str]:
+        """Return the ids of the runs with these tags, in an order that all processes see."""
+        runs = self.client.search_runs([self._experiment], self._filter)
+        return [
+            run.info.run_id
+            for run in sorted(runs, key=lambda r: (r.info.start_time, r.info.run_id))
+        ]
+
+    @contextmanager
+    def ending(self, *, others: Callable[[], bool]) -> Iterator[None]:
+        """Say RUNNING while the block runs and how it ended after it, unless `others` still work."""
+        self.client.update_run(self.run_id, status="RUNNING")
+        status = "FAILED"
+        try:
+            yield
+            status = "FINISHED"
+        except (KeyboardInterrupt, SystemExit):
+            status = "KILLED"
+            raise
+        except Exception as error:
+            self.tag("reason", f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            if not others():
+                self.client.set_terminated(self.run_id, status)
+
+    def running_children(self) -> list[tuple[str, dict[str, str]]]:
+        """Return id and tags of the runs below this one that are said to be running."""
+        children = self.client.search_runs(
+            [self._experiment],
+            f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.run_id}' and attributes.status = 'RUNNING'",
+        )
+        return [(run.info.run_id, dict(run.data.tags)) for run in children]
+
+    def kill(self, run_id: str, *, reason: str) -> None:
+        self.client.set_tag(run_id, "reason", reason)
+        self.client.set_terminated(run_id, "KILLED")
+
+    def tag(self, key: str, value: str) -> None:
+        self.client.set_tag(self.run_id, key, value[:5000])
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
+        now = int(time.time() * 1000)
+        listed = [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        self.client.log_batch(self.run_id, metrics=listed)
+
+    def log_text(self, text: str, path: str) -> None:
+        self.client.log_text(self.run_id, text, path)
+
+    def log_json(self, tree: Mapping[str, Any], path: str) -> None:
+        self.client.log_dict(self.run_id, dict(tree), path)
+
+    def log_figure(self, figure: Any, path: str) -> None:
+        """Log a matplotlib figure as an image."""
+        self.client.log_figure(self.run_id, figure, path)
 
 
 class _MetricsLogger(Logger):
@@ -177,7 +273,8 @@ class _MetricsLogger(Logger):
         self._run.log_metrics(metrics, step=step or 0)
 
 
-def _environment_tags() -> dict[str, str]:
+@functools.cache
+def _environment_tags() -> Mapping[str, str]:
     """Return git commit (with a mark if the tree is changed) and host, as far as they are known."""
     tags = {"host": platform.node()}
     source = Path(__file__).parent

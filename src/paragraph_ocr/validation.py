@@ -22,6 +22,7 @@ from paragraph_ocr.config import (
     GeneratedData,
     LineCnnModel,
     ModelConfig,
+    StudyConfig,
     TrainerConfig,
     TransformerModel,
     VocabularyConfig,
@@ -192,6 +193,8 @@ def _join(path: str, key: str) -> str:
 def _schema(node: type = Experiment, path: str = "") -> dict[str, Any]:
     """Return the type of every dotted key below a dataclass, of every kind of data module and model."""
     keys: dict[str, Any] = {}
+    if node is Experiment:
+        keys |= _schema(StudyConfig, "hydra.sweeper")
     kinds = [node]
     if node in (DataConfig, ModelConfig):
         kinds += [kind for kind in SCHEMAS.values() if issubclass(kind, node)]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from paragraph_ocr.errors import UserError
-from paragraph_ocr.learning.optim import build_optimizer, build_schedule
+from paragraph_ocr.learning.optim import BatchedMuon, build_optimizer, build_schedule, orthogonalise
 
 
 def network():
@@ -45,6 +45,36 @@ def test_biases_norms_and_embeddings_never_decay(name):
     optimizer = build_optimizer(net, name=name, lr=0.1, weight_decay=0.5, extra={})
     decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     assert decayed == {id(net[1].weight), id(net[3].weight)}
+
+
+@pytest.mark.parametrize("rule", [None, "match_rms_adamw", "spectral_unclamped"])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_batched_muon_takes_the_steps_of_torchs_own(rule, nesterov):
+    torch.manual_seed(0)
+    shapes = [(8, 8), (16, 8), (8, 16), (8, 8), (24, 8)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    settings = {"lr": 0.1, "weight_decay": 0.2, "nesterov": nesterov, "adjust_lr_fn": rule}
+    batched, own = BatchedMuon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for _ in range(3):
+        before = [p.detach().clone() for p in theirs]
+        for a, b in zip(ours, theirs, strict=True):
+            a.data.copy_(b)
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        batched.step()
+        own.step()
+        for a, b, start in zip(ours, theirs, before, strict=True):
+            # torch rounds to bfloat16 on a CPU too
+            assert (a - b).norm() < 0.08 * (b - start).norm()
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one():
+    matrices = torch.randn(3, 20, 12, generator=torch.Generator().manual_seed(0))
+    found = orthogonalise(matrices, coefficients=(3.4445, -4.775, 2.0315), steps=8, eps=1e-7)
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.5
+    assert values.max() < 1.5
 
 
 def test_an_argument_that_the_optimizer_lacks_is_named():

@@ -1,5 +1,6 @@
 """A corpus as Lightning loads it: prepared once, shuffled reproducibly, or held to a few batches."""
 
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -106,7 +107,10 @@ class ParagraphDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Make the store, on all cores, unless it is there."""
-        self.corpus.prepare(self.root, num_workers=os.cpu_count() or 1, progress=self._progress)
+        # a worker of somebody's pool (Hydra's joblib launcher) cannot start workers of its own
+        alone = multiprocessing.parent_process() is not None
+        workers = 0 if alone else os.cpu_count() or 1
+        self.corpus.prepare(self.root, num_workers=workers, progress=self._progress)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the store and check its transcriptions.
@@ -140,7 +144,7 @@ class ParagraphDataModule(pl.LightningDataModule):
         if self.overfit_batches:
             train = self._datasets["train"]
             rows = train.rows[: self._num_overfit_batches(len(train)) * self.batch_size]
-            same = ParagraphDataset(store, rows, self.vocabulary)
+            same = ParagraphDataset(store, rows, self.vocabulary, hold=True)
             self._datasets = dict.fromkeys(SPLITS, same)
 
     def _tell_unknown(self, texts: Sequence[str]) -> None:

@@ -29,6 +29,8 @@ class ParagraphDataset(Dataset[Item]):
 
     Args:
         augmentation: strengths and seed. The page of a row depends on seed, epoch and row alone.
+        hold: keep what was read once in memory, for a few rows that are wanted again and again as
+            they are.
     """
 
     def __init__(
@@ -38,15 +40,27 @@ class ParagraphDataset(Dataset[Item]):
         vocabulary: Vocabulary,
         *,
         augmentation: tuple[Strengths, int] | None = None,
+        hold: bool = False,
     ) -> None:
+        if hold and augmentation is not None:
+            raise ValueError("what is held is the same in every epoch, and so not augmented")
         self.store, self.rows, self.vocabulary = store, list(map(int, rows)), vocabulary
-        self.augmentation = augmentation
+        self.augmentation, self.hold = augmentation, hold
+        self._held: dict[int, Item] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Item:
         epoch, position = divmod(index, len(self))
+        if position not in self._held:
+            item = self._read(epoch, position)
+            if not self.hold:
+                return item
+            self._held[position] = item
+        return self._held[position]
+
+    def _read(self, epoch: int, position: int) -> Item:
         row = self.rows[position]
         height, width = map(int, self.store.sizes[row])
         tokens = self.vocabulary.encode(self.vocabulary.prepare(self.store.texts[row]))

@@ -1,6 +1,8 @@
 """What happens beside learning: best weights kept, speed measured, progress shown, an early end."""
 
+import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -56,6 +58,51 @@ class StopWhenRead(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, learner: pl.LightningModule) -> None:
         if float(trainer.callback_metrics["val/exact"]) == 1.0:
             trainer.should_stop = True
+
+
+class Watch(pl.Callback):
+    """End training early when told to, and at once when the loss is no number any more.
+
+    Args:
+        metric: what the judge is shown, or None.
+        every: "epoch", after each validation, or "step", at each step that is logged.
+        judge: takes epochs or steps done and the metric's value; returns whether to stop.
+    """
+
+    def __init__(
+        self, metric: str | None, *, every: str, judge: Callable[[int, float], bool] | None
+    ) -> None:
+        self.metric, self.every, self.judge = metric, every, judge
+        self.pruned = False
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        learner: pl.LightningModule,
+        outputs: object,
+        batch: Batch,
+        batch_index: int,
+    ) -> None:
+        if trainer.global_step % trainer.log_every_n_steps:
+            return  # reading a metric waits for the GPU
+        loss = float(trainer.callback_metrics["train/loss"])
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"train/loss is {loss} at step {trainer.global_step}")
+        if self.every == "step":
+            self._show(trainer, trainer.global_step)
+
+    def on_validation_end(self, trainer: pl.Trainer, learner: pl.LightningModule) -> None:
+        if self.every == "epoch" and not trainer.sanity_checking:
+            self._show(trainer, trainer.current_epoch + 1)
+
+    def _show(self, trainer: pl.Trainer, done: int) -> None:
+        if self.judge is None or self.metric not in trainer.callback_metrics:
+            return
+        value = float(trainer.callback_metrics[self.metric])
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{self.metric} is {value} after {done} {self.every}s")
+        if self.judge(done, value):
+            self.pruned = trainer.should_stop = True
 
 
 class Measure(pl.Callback):

@@ -33,6 +33,7 @@ class Learner(pl.LightningModule):
         schedule: makes the learning-rate schedule from the optimizer and the number of its steps.
         decoding: how validation and test read; see `Reader.read`.
         max_length: tokens that a reading may have.
+        max_loss_to_read: batches with a higher loss are not read, and count as wholly unread; None reads all.
         num_samples: paragraphs of each validation kept in `samples`.
     """
 
@@ -46,6 +47,7 @@ class Learner(pl.LightningModule):
         augment: nn.Module,
         decoding: Any,
         max_length: int,
+        max_loss_to_read: float | None,
         label_smoothing: float,
         token_noise: float,
         num_samples: int,
@@ -57,6 +59,7 @@ class Learner(pl.LightningModule):
         self.augment = augment
         self.decoding = decoding
         self.max_length = max_length
+        self.max_loss_to_read = max_loss_to_read
         self.label_smoothing = label_smoothing
         self.token_noise = token_noise
         self.num_samples = num_samples
@@ -137,7 +140,10 @@ class Learner(pl.LightningModule):
         # weighted by tokens, so that the mean over a split is that of its tokens
         self.log(f"{stage}/loss", loss / count, batch_size=int(count), sync_dist=True)
         truths = [self.vocabulary.decode(row) for row in batch.tokens[:, 1:].tolist()]
-        readings = self.read(batch)
+        # a model that hardly knows the next character writes to the last token, and nothing readable
+        most = self.max_loss_to_read
+        hopeless = most is not None and bool(loss / count > most)
+        readings = [""] * len(batch) if hopeless else self.read(batch)
         self.errors[stage].update(readings, truths)
         if stage == "val" and self.trainer.is_global_zero:
             for index in range(min(len(batch), self.num_samples - len(self.samples))):

@@ -86,6 +86,7 @@ class Encoder(nn.Module):
         self.frozen = freeze
         if horizontal_stride is not None:
             _narrow_columns(self.net, name, in_channels, own, horizontal_stride)
+        self.net.to(memory_format=torch.channels_last)  # mixed precision computes in it
         self.requires_grad_(not freeze)
         self.train()
         self._padding: _Padding | None = None  # of the batch at hand
@@ -139,7 +140,9 @@ class Encoder(nn.Module):
             ]
             pages = F.pad(pages, (0, spare[1], 0, spare[0]))
             self._padding = _Padding(sizes, pages.shape[2], pages.shape[3])
-        (features,) = self.net(pages)
+        # by its strides: of one channel, `contiguous` thinks that it lies so already
+        channels_last = torch.empty_like(pages, memory_format=torch.channels_last).copy_(pages)
+        (features,) = self.net(channels_last)
         self._padding = None
         return features
 

@@ -1,10 +1,12 @@
 """Free-running reading: the decoder writes token after token over a cache, each row to its own end."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paragraph_ocr.model.decoder import Cache, Decoder
 
@@ -61,9 +63,10 @@ def generate(
 ) -> list[Reading]:
     """Return a reading for each row, of at most max_length tokens with start and end."""
     cache = decoder.start(memory, memory_mask, max_length=max_length)
-    if isinstance(decoding, Beam):
-        return _beam(decoder, cache, len(memory), special, decoding, max_length)
-    return _greedy(decoder, cache, len(memory), special, decoding, max_length)
+    read: Any = _beam if isinstance(decoding, Beam) else _greedy
+    # cuDNN's attention makes a plan for each new length, 70 ms each, and here each step is one
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return read(decoder, cache, len(memory), special, decoding, max_length)
 
 
 def _greedy(

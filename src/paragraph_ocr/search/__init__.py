@@ -1,0 +1,1 @@
+"""Searches: an Optuna study over runs that can be killed, shared and gone on with."""
