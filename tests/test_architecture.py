@@ -14,6 +14,7 @@ SITES = {
     "pyarrow": {"data/parquet.py"},
     "defusedxml": {"data/layout.py", "data/iam_forms.py"},
     "mlflow": {"tracking.py"},
+    "scipy": {"data/emnist.py"},
     "hydra": {
         "config.py",
         "validation.py",

@@ -5,7 +5,7 @@ import yaml
 
 from paragraph_ocr.config import Experiment
 from paragraph_ocr.errors import UserError
-from paragraph_ocr.run import make_folder
+from paragraph_ocr.run import folder_name, make_folder
 from paragraph_ocr.validation import CONF, compose, validate
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -13,6 +13,19 @@ MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 ENCODERS = sorted(path.stem for path in (CONF / "model/encoder").glob("*.yaml"))
 DECODERS = sorted(path.stem for path in (CONF / "model/decoder").glob("*.yaml"))
 SIZES = {"tiny": (0, 0.5), "small": (0.7, 3), "base": (6, 16), "reference": (15.56, 15.57)}
+SIZES["line_cnn"] = (3, 4)  # a window of 64x28; the lab's 28x28 gives half
+
+
+IAM = sorted(path.stem for path in (CONF / "datamodule").glob("iam_*.yaml"))
+NEEDED = {
+    "model=line_cnn": ["datamodule=synthetic_lines"],
+    "datamodule=folder": ["datamodule.root=tests"],
+    **{f"datamodule={name}": ["datamodule.root=tests"] for name in IAM},
+    "datamodule=emnist": ["datamodule.root=tests"],
+    "datamodule=emnist_lines": ["datamodule.root=tests"],
+    "vocabulary=from_data": ["datamodule=fake"],
+}
+"""What a choice needs of its user."""
 
 
 def build_model(*overrides):
@@ -25,7 +38,7 @@ def build_model(*overrides):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_builds_at_the_size_it_promises(name):
-    _, recognizer, _ = build_model(f"model={name}")
+    _, recognizer, _ = build_model(f"model={name}", *NEEDED.get(f"model={name}", []))
     millions = sum(parameter.numel() for parameter in recognizer.parameters()) / 1e6
     low, high = SIZES.get(name, (16, 100))
     assert low <= millions <= high
@@ -43,11 +56,6 @@ def test_every_encoder_goes_with_every_decoder(encoder, decoder):
     assert experiment.model.decoder.width == alone["width"]
 
 
-IAM = sorted(path.stem for path in (CONF / "datamodule").glob("iam_*.yaml"))
-NEEDED = {f"datamodule={name}": ["datamodule.root=tests"] for name in ("folder", *IAM)}
-"""What a choice needs of its user."""
-
-
 @pytest.mark.parametrize(
     "override",
     [f"optimizer={p.stem}" for p in (CONF / "optimizer").glob("*.yaml")]
@@ -63,7 +71,7 @@ def test_every_choice_builds_all_parts(override, tmp_path):
     from paragraph_ocr import build
 
     experiment, recognizer, vocabulary = build_model(
-        "model=tiny", override, *NEEDED.get(override, [])
+        "model=tiny", override, *NEEDED.get(override, []), f"outputs={tmp_path}"
     )
     learner = build.build_learner(experiment, recognizer, vocabulary)
     trainer = build.build_trainer(experiment, folder=tmp_path, logger=None, callbacks=[])
@@ -151,7 +159,7 @@ def test_overfitting_validates_and_tests_the_very_batch_it_trains(run_experiment
 
 
 def test_no_two_runs_share_a_folder(tmp_path):
-    folders = {make_folder(tmp_path, "a=b,c") for _ in range(5)}
+    folders = {make_folder(tmp_path, folder_name("a=b,c")) for _ in range(5)}
     assert len(folders) == 5
     assert all(folder.name.replace("a-b-c", "").strip("0123456789_-") == "" for folder in folders)
 
@@ -197,3 +205,84 @@ def test_every_form_of_iam_trains_and_is_read(run_experiment, iam_copies, name):
     ).metrics
     assert 0 < metrics["val/loss"] < 20
     assert metrics["test/cer"] >= 0
+
+
+@pytest.mark.parametrize("corpus", ["emnist", "emnist_lines"])
+@pytest.mark.parametrize("model", ["tiny", "line_cnn"])
+def test_emnist_trains_and_is_read(run_experiment, emnist, corpus, model):
+    outcome = run_experiment(
+        f"model={model}",
+        *(["model.channels=4"] if model == "line_cnn" else []),
+        f"datamodule={corpus}",
+        f"datamodule.root={emnist['gzip archive']}",
+        "datamodule.num_train=40",
+        "datamodule.num_val=6",
+        "datamodule.num_test=6",
+        "datamodule.batch_size=8",
+        "debug=quick",
+        "trainer.accelerator=cpu",
+        "tracking=off",
+    )
+    assert 0 < outcome.metrics["val/loss"] < 20
+    assert outcome.metrics["test/cer"] >= 0
+
+
+@pytest.mark.parametrize("loss", ["windows", "ctc"])
+def test_lines_in_fonts_train_a_line_cnn_that_comes_back_from_its_run(run_experiment, loss):
+    typed = [
+        "model=line_cnn",
+        f"model.loss={loss}",
+        "model.window_stride_px=8",
+        "model.channels=4",
+        "datamodule=synthetic_lines",
+        "datamodule.num_train=16",
+        "datamodule.num_val=4",
+        "datamodule.num_test=4",
+        "datamodule.batch_size=8",
+        "trainer.max_steps=2",
+        "trainer.accelerator=cpu",
+        "tracking=off",
+    ]
+    first = run_experiment(*typed)
+    again = run_experiment(*typed, f"model.weights={first.folder}", "optimizer.lr=1e-12")
+    assert again.metrics["test/loss"] == pytest.approx(first.metrics["test/loss"], abs=1e-3)
+
+
+def test_ctc_with_too_few_windows_is_refused():
+    with pytest.raises(UserError, match="Pass model.window_stride_px=14"):
+        build_model("model=line_cnn", "model.loss=ctc", "datamodule=synthetic_lines")
+    build_model(
+        "model=line_cnn",
+        "model.loss=ctc",
+        "datamodule=synthetic_lines",
+        "model.window_stride_px=14",
+    )
+
+
+def test_a_vocabulary_found_in_the_data_stands_in_the_run_and_comes_back_without_it(
+    run_experiment, tmp_path
+):
+    typed = ["model=tiny", "datamodule=fake", "vocabulary=from_data", "trainer.max_steps=2"]
+    outcome = run_experiment(*typed, "vocabulary.unknown=replace", "tracking=off")
+    stored = yaml.safe_load((outcome.folder / "config.yaml").read_text())["vocabulary"]
+    assert len(stored["characters"]) > 50
+    assert stored["characters"] == "".join(sorted(set(stored["characters"])))
+
+    from paragraph_ocr import build
+
+    experiment = validate(compose(typed))
+    experiment.outputs = "nowhere"  # no data is looked at
+    experiment.vocabulary.characters = stored["characters"]
+    vocabulary = build.build_vocabulary(experiment)
+    assert "".join(vocabulary.characters) == stored["characters"]
+    experiment.outputs = str(tmp_path)
+    datamodule = build.build_datamodule(experiment, vocabulary)
+    assert len(list((tmp_path / "data").glob("*.h5"))) == 1
+    datamodule.prepare_data()
+    assert len(list((tmp_path / "data").glob("*.h5"))) == 1, "another store was made"
+
+
+def test_pages_augmented_by_workers_train(run_experiment):
+    typed = ["model=tiny", "datamodule=fake", "tracking=off", "trainer.max_epochs=2"]
+    strong = ["regularization=strong", "regularization.augment_on=workers"]
+    assert run_experiment(*typed, *strong, "datamodule.num_workers=2").metrics["val/loss"] > 0

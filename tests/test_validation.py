@@ -9,11 +9,17 @@ CHOICES = [
     for file in sorted(folder.glob("*.yaml"))
 ]
 NEEDS_A_GPU = {("trainer", "gpu")}
+NEEDED = {
+    **{key: ["datamodule.root=tests"] for key in ("folder", "emnist", "emnist_lines")},
+    **{path.stem: ["datamodule.root=tests"] for path in (CONF / "datamodule").glob("iam_*.yaml")},
+    "line_cnn": ["datamodule=synthetic_lines"],
+}
+"""What a choice needs of its user."""
 
 
 @pytest.mark.parametrize(("group", "choice"), [c for c in CHOICES if c not in NEEDS_A_GPU])
 def test_every_file_of_conf_composes_and_validates(group, choice):
-    needed = ["datamodule.root=tests"] if choice.startswith(("folder", "iam_")) else []
+    needed = NEEDED.get(choice, [])
     if group.startswith("hydra/sweeper/"):
         needed = ["hydra/sweeper=study"]
     assert validate(compose([*needed, f"{group}={choice}"])).seed == 0
@@ -60,13 +66,56 @@ def test_a_number_of_batches_stays_a_number_and_a_share_a_share(typed, kind):
         ("datamodule=folder", "datamodule.root=<folder"),
         ("datamodule=iam_paragraphs", "datamodule.root=<folder of IAM's archives>"),
         ("datamodule.too_long=drop", "error, skip"),
+        ("datamodule=emnist_lines", "datamodule.root=<folder of EMNIST's files"),
+        ("model=line_cnn", "Pass datamodule=synthetic_lines"),
+        ("model.loss=ctc", "does not belong to this model"),
+        ("regularization.augmentation.perspective=0.5", "must lie in 0 to 0.3"),
+        ("regularization.augment_on=gpu", "device, workers"),
+        ("vocabulary.characters=null", "Pass vocabulary=from_data"),
+        ("vocabulary.unknown=replac", "Pass vocabulary.unknown=replace"),
         ("datamodule.root=tests", "Pass datamodule=folder|pass datamodule=folder"),
         ("model.encoder.extra.foo=1", r"\+model.encoder.extra.foo=1"),
     ],
 )
 def test_a_mistake_is_one_line_with_the_remedy(typed, said):
+    refuse([typed], said)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("model=line_cnn datamodule=synthetic_lines decoding=beam", "Pass decoding=greedy"),
+        (
+            "model=line_cnn datamodule=synthetic_lines model.encoder.stage=3",
+            "not belong to this model",
+        ),
+        (
+            "model=line_cnn datamodule=synthetic_lines model/encoder=resnet34",
+            "is no part of the chosen",
+        ),
+        ("model=line_cnn datamodule=synthetic_lines model.loss=ctd", "Pass model.loss=ctc"),
+        (
+            "model=line_cnn datamodule=synthetic_lines model.window_stride_px=7",
+            "Pass model.window_stride_px=8",
+        ),
+        ("vocabulary.unknown=replace vocabulary.replacement=ab", "must be a single character"),
+        ("vocabulary.unknown=replace vocabulary.replacement=_", "is not in vocabulary.characters"),
+        ("datamodule=emnist_lines datamodule.min_overlap=0.5", "is above datamodule.max_overlap"),
+        ("datamodule=emnist_lines datamodule.max_overlap=1", "must lie in 0 to 0.9"),
+        (
+            "datamodule=emnist_lines datamodule.max_characters=40",
+            "datamodule.max_length=42 or more",
+        ),
+        ("datamodule=emnist_lines datamodule.min_characters=32", "must be below"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line_with_the_remedy(typed, said):
+    refuse(typed.split(" "), said)
+
+
+def refuse(overrides, said):
     with pytest.raises(UserError, match=said) as refusal:
-        validate(compose([typed]))
+        validate(compose(overrides))
     assert "\n" not in str(refusal.value)
 
 

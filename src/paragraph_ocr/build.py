@@ -3,40 +3,52 @@
 import copy
 import functools
 import json
+import os
+import unicodedata
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from jaxtyping import UInt8
 from pytorch_lightning.callbacks import Callback, EarlyStopping
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
+from paragraph_ocr.batch import Batch
 from paragraph_ocr.config import (
     DataConfig,
+    EmnistData,
+    EmnistLinesData,
     EncoderConfig,
     Experiment,
     FolderData,
     GeneratedData,
-    IamData,
     IamLinesData,
     IamParagraphsData,
     IamStackedData,
+    LineCnnModel,
     RenderedData,
     TrainerConfig,
+    TransformerModel,
 )
-from paragraph_ocr.data.augment import Augment
+from paragraph_ocr.data.augment import Augment, Strengths
+from paragraph_ocr.data.augment_page import augment_page
 from paragraph_ocr.data.corpus import Corpus
 from paragraph_ocr.data.datamodule import ParagraphDataModule
+from paragraph_ocr.data.emnist import EmnistCorpus, EmnistLinesCorpus
 from paragraph_ocr.data.fake import FakeCorpus
 from paragraph_ocr.data.folder import FolderCorpus
 from paragraph_ocr.data.iam import LINE_CANVAS, IamCorpus
 from paragraph_ocr.data.stacked import Stacking
+from paragraph_ocr.data.store import Store
 from paragraph_ocr.data.synthetic import SyntheticCorpus
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.learning.learner import Learner
@@ -44,45 +56,111 @@ from paragraph_ocr.learning.optim import build_optimizer, build_schedule
 from paragraph_ocr.model.decoder import Decoder
 from paragraph_ocr.model.encoder import Encoder
 from paragraph_ocr.model.generate import Beam, Greedy, SpecialTokens
+from paragraph_ocr.model.line_cnn import LineCnn
+from paragraph_ocr.model.reader import Reader
 from paragraph_ocr.model.recognizer import Recognizer
-from paragraph_ocr.vocabulary import Vocabulary
+from paragraph_ocr.vocabulary import Vocabulary, found_characters
 
 EPOCHS = 20
 EPOCHS_TO_OVERFIT = 200  # at most: it ends once the batch has been read
 EPOCHS_BETWEEN_READINGS_TO_OVERFIT = 10  # an epoch is a step, and reading costs several
 
 
-def build_vocabulary(experiment: Experiment) -> Vocabulary:
+WRITABLE = "".join(map(chr, range(32, 127))) + "\n"
+"""What generated text is written in where the vocabulary is to be found in it: ASCII."""
+
+_LOADING = {"root", "batch_size", "num_workers", "max_length", "too_long"}
+"""Fields of a data module that say how paragraphs are loaded, not what they are."""
+
+
+def build_vocabulary(
+    experiment: Experiment, *, progress: Callable[[int, int], None] | None = None
+) -> Vocabulary:
+    """Return the vocabulary.
+
+    With `vocabulary.from_data`, the store is prepared and the characters of its training split are put
+    into `experiment.vocabulary.characters`, so that the config that a run leaves gives this vocabulary
+    again without the data.
+    """
+    config = experiment.vocabulary
+    if config.characters is None:
+        corpus = build_corpus(experiment.datamodule, WRITABLE, seed=experiment.seed)
+        workers = os.cpu_count() or 1
+        store = Store(corpus.prepare(_stores(experiment), num_workers=workers, progress=progress))
+        texts = [store.texts[row] for row in store.rows("train")]
+        texts += [config.replacement] if config.unknown == "replace" else []
+        config.characters = found_characters(texts, fold=config.fold)
+    config.characters = unicodedata.normalize("NFC", config.characters)
     try:
-        return Vocabulary(**asdict(experiment.vocabulary))
+        return Vocabulary(
+            config.characters,
+            fold=config.fold,
+            unknown=config.unknown,
+            replacement=config.replacement,
+        )
     except ValueError as error:
         raise UserError(
-            f"vocabulary.characters={experiment.vocabulary.characters!r}: {error}. "
-            "Pass each character once."
+            f"vocabulary.characters={config.characters!r}: {error}. Pass each character once."
         ) from error
 
 
-def build_recognizer(experiment: Experiment, vocabulary: Vocabulary) -> Recognizer:
+def build_recognizer(experiment: Experiment, vocabulary: Vocabulary) -> Reader:
     """Return the model, with `model.weights` loaded if given.
 
     Raises:
         UserError: the encoder cannot be had, or the weights belong to another model.
     """
+    match experiment.model:
+        case TransformerModel() as model:
+            recognizer: Reader = _transformer(model, experiment, vocabulary)
+        case LineCnnModel() as model:
+            recognizer = _line_cnn(model, experiment, vocabulary)
+        case other:
+            raise ValueError(f"no model for {type(other).__name__}")
+    if experiment.model.weights is not None:
+        load_weights(recognizer, Path(experiment.model.weights))
+    return recognizer
+
+
+def _transformer(
+    model: TransformerModel, experiment: Experiment, vocabulary: Vocabulary
+) -> Recognizer:
     data = experiment.datamodule
-    encoder = build_encoder(experiment.model.encoder)
-    if isinstance(data, GeneratedData | FolderData | IamData):
-        encoder.check_canvas(data.height, data.width)
+    encoder = build_encoder(model.encoder)
+    encoder.check_canvas(data.height, data.width)
     decoder = Decoder(
         num_tokens=len(vocabulary),
         dropout=experiment.regularization.dropout,
         max_length=data.max_length,
-        **asdict(experiment.model.decoder),
+        **asdict(model.decoder),
     )
-    special = SpecialTokens(vocabulary.start, vocabulary.end, vocabulary.pad)
-    recognizer = Recognizer(encoder, decoder, special=special)
-    if experiment.model.weights is not None:
-        load_weights(recognizer, Path(experiment.model.weights))
-    return recognizer
+    return Recognizer(encoder, decoder, special=_special(vocabulary))
+
+
+def _line_cnn(model: LineCnnModel, experiment: Experiment, vocabulary: Vocabulary) -> LineCnn:
+    data, fields = experiment.datamodule, asdict(model)
+    fields.pop("weights")
+    line_cnn = LineCnn(
+        **fields,
+        num_tokens=len(vocabulary),
+        height=data.height,
+        dropout=experiment.regularization.dropout,
+        special=_special(vocabulary),
+        blank=vocabulary.blank,
+    )
+    # between two equal characters CTC needs a window for the blank
+    windows, needed = line_cnn.num_windows(data.width), 2 * (data.max_length - 2) - 1
+    if model.loss == "ctc" and windows < needed:
+        raise UserError(
+            f"model.window_stride_px={model.window_stride_px} gives {windows} windows, and CTC needs "
+            f"{needed} for datamodule.max_length={data.max_length}. "
+            f"Pass model.window_stride_px={max(2, data.width // (needed + 1) // 2 * 2)}."
+        )
+    return line_cnn
+
+
+def _special(vocabulary: Vocabulary) -> SpecialTokens:
+    return SpecialTokens(vocabulary.start, vocabulary.end, vocabulary.pad)
 
 
 def build_encoder(config: EncoderConfig) -> Encoder:
@@ -103,7 +181,7 @@ def _pristine_encoder(config: str, random_state: bytes) -> tuple[Encoder, torch.
     return encoder, torch.get_rng_state()
 
 
-def load_weights(recognizer: Recognizer, path: Path) -> None:
+def load_weights(recognizer: Reader, path: Path) -> None:
     """Load a .safetensors file, or the best weights of a run folder.
 
     Raises:
@@ -132,15 +210,31 @@ def build_decoding(experiment: Experiment) -> Greedy | Beam:
 
 
 def build_augment(experiment: Experiment) -> Augment:
-    """Return the augmentation of training pages; memorising goes without."""
+    """Return what the learner does to a batch on its device: nothing if the loader's workers do it."""
+    on_device = experiment.regularization.augment_on == "device"
+    return Augment(build_strengths(experiment) if on_device else Strengths())
+
+
+def build_strengths(experiment: Experiment) -> Strengths:
+    """Return how strongly training pages are augmented; memorising goes without."""
     if experiment.trainer.overfit_batches:
-        return Augment()
-    return Augment(**asdict(experiment.regularization.augmentation))
+        return Strengths()
+    return Strengths(**asdict(experiment.regularization.augmentation))
 
 
-def build_learner(
-    experiment: Experiment, recognizer: Recognizer, vocabulary: Vocabulary
-) -> Learner:
+def augment_somewhere(batch: Batch, experiment: Experiment) -> UInt8[Tensor, "B 1 H W"]:
+    """Return pages as training would see them, whether on the device or by the loader's workers."""
+    if experiment.regularization.augment_on == "device":
+        return build_augment(experiment)(batch.images, batch.sizes)
+    strengths, pages = build_strengths(experiment), batch.images.clone()
+    for index, canvas in enumerate(pages[:, 0].numpy()):
+        height, width = canvas.shape if batch.sizes is None else batch.sizes[index].tolist()
+        generator = np.random.default_rng([experiment.seed, index])
+        canvas[:height, :width] = augment_page(canvas[:height, :width], strengths, generator)
+    return pages
+
+
+def build_learner(experiment: Experiment, recognizer: Reader, vocabulary: Vocabulary) -> Learner:
     """Return the learner; memorising a batch (`overfit_batches`) goes without augmentation and noise."""
     regularization, trainer = experiment.regularization, experiment.trainer
     if not any(parameter.requires_grad for parameter in recognizer.parameters()):
@@ -168,9 +262,8 @@ def _schedule(experiment: Experiment, optimizer: torch.optim.Optimizer, total_st
     return build_schedule(optimizer, total_steps=total_steps, **asdict(experiment.schedule))
 
 
-def build_corpus(data: DataConfig, vocabulary: Vocabulary, *, seed: int) -> Corpus:
-    """Return what makes the store of this data module."""
-    characters = "".join(vocabulary.characters)
+def build_corpus(data: DataConfig, characters: str, *, seed: int) -> Corpus:
+    """Return what makes the store of this data module; generated text keeps to the characters."""
     match data:
         case RenderedData():
             fields = _without_loading(data)
@@ -179,6 +272,13 @@ def build_corpus(data: DataConfig, vocabulary: Vocabulary, *, seed: int) -> Corp
             return SyntheticCorpus(**fields, characters=characters, seed=seed)
         case GeneratedData():
             return FakeCorpus(**_without_loading(data), characters=characters, seed=seed)
+        case EmnistLinesData(root=str(root)):
+            fields = _without_loading(data)
+            fields["texts"] = None if data.texts is None else Path(data.texts)
+            return EmnistLinesCorpus(**fields, root=Path(root), characters=characters, seed=seed)
+        case EmnistData(root=str(root)):
+            fields = _without_loading(data)
+            return EmnistCorpus(**fields, root=Path(root), characters=characters, seed=seed)
         case FolderData(root=str(root)):
             return FolderCorpus(
                 name=data.name,
@@ -202,10 +302,18 @@ def build_corpus(data: DataConfig, vocabulary: Vocabulary, *, seed: int) -> Corp
     raise ValueError(f"no corpus for {type(data).__name__}")
 
 
+def writable(experiment: Experiment, vocabulary: Vocabulary) -> str:
+    """Return the characters that generated text keeps to: a found vocabulary must not change its data."""
+    return WRITABLE if experiment.vocabulary.from_data else "".join(vocabulary.characters)
+
+
 def _without_loading(data: DataConfig) -> dict[str, Any]:
     """Return the fields that say what the paragraphs are, not how they are loaded."""
-    loading = set(DataConfig.__dataclass_fields__) - {"name"}
-    return {key: value for key, value in asdict(data).items() if key not in loading}
+    return {key: value for key, value in asdict(data).items() if key not in _LOADING}
+
+
+def _stores(experiment: Experiment) -> Path:
+    return Path(experiment.outputs) / "data"
 
 
 def build_datamodule(
@@ -215,9 +323,10 @@ def build_datamodule(
     progress: Callable[[int, int], None] | None = None,
 ) -> ParagraphDataModule:
     data = experiment.datamodule
+    in_workers = experiment.regularization.augment_on == "workers"
     return ParagraphDataModule(
-        build_corpus(data, vocabulary, seed=experiment.seed),
-        root=Path(experiment.outputs) / "data",
+        build_corpus(data, writable(experiment, vocabulary), seed=experiment.seed),
+        root=_stores(experiment),
         vocabulary=vocabulary,
         batch_size=data.batch_size,
         num_workers=data.num_workers,
@@ -225,6 +334,7 @@ def build_datamodule(
         too_long=data.too_long,
         stacking=_stacking(data),
         overfit_batches=experiment.trainer.overfit_batches,
+        strengths=build_strengths(experiment) if in_workers else Strengths(),
         seed=experiment.seed,
         progress=progress,
     )

@@ -37,9 +37,26 @@ class DecoderConfig:
 
 @dataclass
 class ModelConfig:
+    """What every model has; a subclass says what it is made of."""
+
+    weights: str | None = None
+
+
+@dataclass
+class TransformerModel(ModelConfig):
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    weights: str | None = None
+
+
+@dataclass
+class LineCnnModel(ModelConfig):
+    """A CNN slid along a line."""
+
+    window_width_px: int = MISSING
+    window_stride_px: int = MISSING
+    channels: int = MISSING
+    width: int = MISSING
+    loss: str = MISSING
 
 
 @dataclass
@@ -51,6 +68,8 @@ class DataConfig:
     batch_size: int = MISSING
     num_workers: int = MISSING
     max_length: int = MISSING
+    height: int = MISSING
+    width: int = MISSING
     too_long: str = "error"
 
 
@@ -58,8 +77,6 @@ class DataConfig:
 class GeneratedData(DataConfig):
     """Paragraphs made to measure: `datamodule=fake` draws noise, a subclass renders text."""
 
-    height: int = MISSING
-    width: int = MISSING
     min_lines: int = MISSING
     max_lines: int = MISSING
     min_characters: int = MISSING
@@ -78,11 +95,27 @@ class RenderedData(GeneratedData):
 
 
 @dataclass
+class EmnistData(DataConfig):
+    """Characters of EMNIST, whose files lie below `root`."""
+
+    num_train: int = MISSING
+    num_val: int = MISSING
+    num_test: int = MISSING
+
+
+@dataclass
+class EmnistLinesData(EmnistData):
+    texts: str | None = None
+    min_characters: int = MISSING
+    max_characters: int = MISSING
+    min_overlap: float = MISSING
+    max_overlap: float = MISSING
+
+
+@dataclass
 class FolderData(DataConfig):
     """The user's own images and transcriptions, below `root`."""
 
-    height: int = MISSING
-    width: int = MISSING
     split: str = MISSING
 
 
@@ -90,8 +123,6 @@ class FolderData(DataConfig):
 class IamData(DataConfig):
     """The IAM handwriting database, below `root`; a subclass says what is cut out of it."""
 
-    height: int = MISSING
-    width: int = MISSING
     split: str = MISSING
 
 
@@ -116,9 +147,13 @@ class IamStackedData(IamParagraphsData):
 
 @dataclass
 class VocabularyConfig:
-    characters: str = MISSING
+    """`characters` is null until the data has been seen, if `from_data`."""
+
+    characters: str | None = MISSING
+    from_data: bool = False
     fold: bool = False
     unknown: str = "error"
+    replacement: str = "?"
 
 
 @dataclass
@@ -126,8 +161,10 @@ class AugmentationConfig:
     rotation_deg: float = 0.0
     shear_deg: float = 0.0
     scale: float = 0.0
+    perspective: float = 0.0
     translation_px: float = 0.0
     elastic_px: float = 0.0
+    tremor_px: float = 0.0
     pen_px: float = 0.0
     blur_px: float = 0.0
     ink: float = 0.0
@@ -142,6 +179,7 @@ class RegularizationConfig:
     label_smoothing: float = MISSING
     gradient_clip: float = MISSING
     token_noise: float = MISSING
+    augment_on: str = "device"
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
 
@@ -215,7 +253,7 @@ class Experiment:
     name: str | None = None
     outputs: str = MISSING
     trial: int | None = None
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = MISSING
     datamodule: DataConfig = MISSING
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
@@ -264,19 +302,23 @@ class StudyConfig:
     _recursive_: bool = False  # sampler and pruner are made anew for each trial
 
 
-SCHEMAS: dict[str, type[DataConfig]] = {
+SCHEMAS: dict[str, type[DataConfig] | type[ModelConfig]] = {
     "generated": GeneratedData,
     "rendered": RenderedData,
     "folder": FolderData,
     "iam_lines": IamLinesData,
     "iam_paragraphs": IamParagraphsData,
     "iam_stacked": IamStackedData,
+    "emnist": EmnistData,
+    "emnist_lines": EmnistLinesData,
+    "transformer": TransformerModel,
+    "line_cnn": LineCnnModel,
 }
-"""Node types that a datamodule's YAML names in its defaults list, as /schema/<name>."""
+"""Node types that a datamodule's or model's YAML names in its defaults list, as /schema/<name>."""
 
 
 def register_schema() -> None:
-    """Make the dataclasses known to Hydra: `schema` for the root, `schema/...` for data modules."""
+    """Make the dataclasses known to Hydra: `schema` for the root, `schema/...` for its kinds of nodes."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()

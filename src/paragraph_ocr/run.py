@@ -89,7 +89,7 @@ def run(
     _announce(experiment, learner)
 
     if first:
-        folder = make_folder(parent_folder or outputs / "runs", stem or _stem(name))
+        folder = make_folder(parent_folder or outputs / "runs", stem or folder_name(name))
         os.environ[FOLDER_VARIABLE] = str(folder)
         (folder / "config.yaml").write_text(
             yaml.safe_dump(asdict(experiment), sort_keys=False, allow_unicode=True)
@@ -102,7 +102,7 @@ def run(
     with _termination_as_interrupt(), tracked.ending() if tracked else nullcontext():
         if tracked:
             tracked.log_file(folder / "config.yaml")
-        with console.progress("render") as progress:
+        with console.progress("prepare") as progress:
             datamodule = build.build_datamodule(experiment, vocabulary, progress=progress)
             datamodule.prepare_data()
         datamodule.setup("fit")
@@ -143,7 +143,7 @@ def run_name(overrides: Sequence[str]) -> str:
     return ",".join(overrides) or "default"
 
 
-def _stem(name: str) -> str:
+def folder_name(name: str) -> str:
     """Return a folder's name made of the time and the run's name.
 
     It keeps to letters, digits, dots, dashes and underscores, so that a path can be typed as an

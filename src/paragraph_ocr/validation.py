@@ -14,12 +14,19 @@ from yaml import YAMLError
 from paragraph_ocr.config import (
     SCHEMAS,
     DataConfig,
+    DecoderConfig,
+    EmnistData,
+    EmnistLinesData,
     Experiment,
     FolderData,
     GeneratedData,
     IamData,
+    LineCnnModel,
+    ModelConfig,
     StudyConfig,
     TrainerConfig,
+    TransformerModel,
+    VocabularyConfig,
     register_schema,
 )
 from paragraph_ocr.errors import UserError, nearest
@@ -38,7 +45,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.strategy": ("auto", "ddp", "ddp_spawn"),
     "trainer.profiler": ("simple", "advanced", "pytorch"),
     "decoding.name": ("greedy", "beam"),
-    "vocabulary.unknown": ("error", "drop"),
+    "model.loss": ("windows", "ctc"),
+    "regularization.augment_on": ("device", "workers"),
+    "vocabulary.unknown": ("error", "drop", "replace"),
     "datamodule.too_long": ("error", "skip"),
     "tracking.name": ("mlflow", "off"),
 }
@@ -46,6 +55,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _OWN_FILES: dict[type[DataConfig], tuple[tuple[str, ...], str]] = {
     FolderData: (("auto", "train", "val", "test"), "folder of your images and transcriptions"),
     IamData: (("reference", "independent", "aachen"), "folder of IAM's archives"),
+    EmnistData: ((), "folder of EMNIST's files"),
 }
 """Data modules that read files of the user's: choices of `split`, and what `root` is."""
 
@@ -56,6 +66,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     "model.decoder.width": (4, 65536),
     "model.decoder.heads": (1, 1024),
     "model.decoder.feed_forward": (1, 1_000_000),
+    "model.window_width_px": (2, 10_000),
+    "model.window_stride_px": (2, 10_000),
+    "model.channels": (1, 10_000),
+    "model.width": (1, 1_000_000),
     "datamodule.batch_size": (1, 1_000_000),
     "datamodule.num_workers": (0, 1024),
     "datamodule.max_length": (3, 100_000),
@@ -69,11 +83,25 @@ _RANGES: dict[str, tuple[float, float]] = {
     "datamodule.num_val": (1, 100_000_000),
     "datamodule.num_test": (1, 100_000_000),
     "datamodule.random_share": (0, 1),
+    "datamodule.min_overlap": (0, 0.9),
+    "datamodule.max_overlap": (0, 0.9),
     "regularization.dropout": (0, 0.99),
     "regularization.weight_decay": (0, 10),
     "regularization.label_smoothing": (0, 0.99),
     "regularization.gradient_clip": (0, 1e9),
     "regularization.token_noise": (0, 0.99),
+    "regularization.augmentation.rotation_deg": (0, 45),
+    "regularization.augmentation.shear_deg": (0, 60),
+    "regularization.augmentation.scale": (0, 0.9),
+    "regularization.augmentation.perspective": (0, 0.3),
+    "regularization.augmentation.translation_px": (0, 1000),
+    "regularization.augmentation.elastic_px": (0, 100),
+    "regularization.augmentation.tremor_px": (0, 100),
+    "regularization.augmentation.pen_px": (0, 20),
+    "regularization.augmentation.blur_px": (0, 20),
+    "regularization.augmentation.ink": (0, 1),
+    "regularization.augmentation.paper": (0, 1),
+    "regularization.augmentation.noise": (0, 1),
     "optimizer.lr": (0, 100),
     "schedule.warmup_steps": (0, 10_000_000),
     "schedule.final_factor": (0, 1),
@@ -173,11 +201,13 @@ def _join(path: str, key: str) -> str:
 
 
 def _schema(node: type = Experiment, path: str = "") -> dict[str, Any]:
-    """Return the type of every dotted key below a dataclass, of every kind of data module."""
+    """Return the type of every dotted key below a dataclass, of every kind of data module and model."""
     keys: dict[str, Any] = {}
     if node is Experiment:
         keys |= _schema(StudyConfig, "hydra.sweeper")
-    kinds = [DataConfig, *SCHEMAS.values()] if node is DataConfig else [node]
+    kinds = [node]
+    if node in (DataConfig, ModelConfig):
+        kinds += [kind for kind in SCHEMAS.values() if issubclass(kind, node)]
     for kind in kinds:
         for key, hint in get_type_hints(kind).items():
             keys[_join(path, key)] = hint
@@ -187,7 +217,6 @@ def _schema(node: type = Experiment, path: str = "") -> dict[str, Any]:
 
 
 def _unknown_choice(group: str, choice: str, options: list[str]) -> UserError:
-    options = [option for option in options if option not in SCHEMAS]
     close = nearest(choice, options)
     return UserError(
         f"{group}={choice} is not a choice of {group} ({', '.join(options)}). "
@@ -199,6 +228,12 @@ def _unknown_key(key: str, value: Any = None) -> UserError:
     written = key if value is None else f"{key}={value}"
     known = _schema()
     parent, _, last = key.rpartition(".")
+    if "/" in key and key.replace("/", ".") in known:
+        first = key.partition("/")[0]
+        return UserError(
+            f"{written} is no part of the chosen {first}. "
+            f"Pass a {first}=<choice> that has it, or leave it out."
+        )
     if is_dataclass(known.get(key)):
         return _wrong_type(key, value)
     if last == "extra":
@@ -207,8 +242,8 @@ def _unknown_key(key: str, value: Any = None) -> UserError:
         return UserError(f"{written} is new in an open node. Pass +{written}.")
     if key in known:
         return UserError(
-            f"{written} does not belong to this datamodule. "
-            "Pass a datamodule=<choice> that has it, or leave it out."
+            f"{written} does not belong to this {key.partition('.')[0]}. "
+            f"Pass a {key.partition('.')[0]}=<choice> that has it, or leave it out."
         )
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
     names: dict[str, str] = {}  # last part to whole key; a sibling goes before a stranger
@@ -268,20 +303,13 @@ def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def _check_combinations(experiment: Experiment) -> None:
     """Check what must go together."""
-    decoder, data, trainer = experiment.model.decoder, experiment.datamodule, experiment.trainer
-    if decoder.width % decoder.heads:
-        wider = decoder.heads * (decoder.width // decoder.heads + 1)
-        raise UserError(
-            f"model.decoder.width={decoder.width} is not divisible by model.decoder.heads="
-            f"{decoder.heads}. Pass model.decoder.width={wider}"
-            " or another number of heads."
-        )
-    if decoder.width % 4:
-        wider = decoder.heads * (decoder.width // decoder.heads + 1)
-        raise UserError(
-            f"model.decoder.width={decoder.width} is not divisible by 4, which 2-D sine positions "
-            f"need. Pass model.decoder.width={decoder.width + 4 - decoder.width % 4}."
-        )
+    data, trainer = experiment.datamodule, experiment.trainer
+    match experiment.model:
+        case TransformerModel(decoder=decoder):
+            _check_decoder(decoder)
+        case LineCnnModel() as model:
+            _check_line_cnn(model, experiment)
+    _check_vocabulary(experiment.vocabulary)
     if experiment.optimizer.lr == 0:
         raise UserError("optimizer.lr=0 learns nothing. Pass optimizer.lr=1e-3.")
     if isinstance(data, GeneratedData):
@@ -306,10 +334,13 @@ def _check_combinations(experiment: Experiment) -> None:
         raise UserError(
             f"model.weights={weights} does not exist. Pass a run folder or a .safetensors file."
         )
+    if isinstance(data, EmnistData):
+        _check_emnist(data)
     for kind, (choices, wanted) in _OWN_FILES.items():
         if not isinstance(data, kind):
             continue
-        _check_choice("datamodule.split", data.split, choices)  # type: ignore[attr-defined]
+        if choices:
+            _check_choice("datamodule.split", data.split, choices)  # type: ignore[attr-defined]
         if data.root is None:
             raise UserError(
                 f"datamodule.root has no value, and datamodule={data.name} needs it. "
@@ -337,6 +368,74 @@ def _check_combinations(experiment: Experiment) -> None:
     _check_device(trainer)
 
 
+def _check_decoder(decoder: DecoderConfig) -> None:
+    if decoder.width % decoder.heads:
+        wider = decoder.heads * (decoder.width // decoder.heads + 1)
+        raise UserError(
+            f"model.decoder.width={decoder.width} is not divisible by model.decoder.heads="
+            f"{decoder.heads}. Pass model.decoder.width={wider}"
+            " or another number of heads."
+        )
+    if decoder.width % 4:
+        wider = decoder.heads * (decoder.width // decoder.heads + 1)
+        raise UserError(
+            f"model.decoder.width={decoder.width} is not divisible by 4, which 2-D sine positions "
+            f"need. Pass model.decoder.width={decoder.width + 4 - decoder.width % 4}."
+        )
+
+
+def _check_line_cnn(model: LineCnnModel, experiment: Experiment) -> None:
+    data = experiment.datamodule
+    for key in ("window_width_px", "window_stride_px"):
+        if (value := getattr(model, key)) % 2:
+            raise UserError(
+                f"model.{key}={value} must be even, because pooling halves the line. "
+                f"Pass model.{key}={value + 1}."
+            )
+    if isinstance(data, GeneratedData) and data.max_lines > 1:
+        raise UserError(
+            f"model=line_cnn reads single lines, and datamodule={data.name} has up to "
+            f"{data.max_lines} on a page. Pass datamodule=synthetic_lines or datamodule=emnist_lines."
+        )
+    if experiment.decoding.name == "beam":
+        raise UserError("decoding=beam does nothing for model=line_cnn. Pass decoding=greedy.")
+
+
+def _check_vocabulary(vocabulary: VocabularyConfig) -> None:
+    characters, replacement = vocabulary.characters, vocabulary.replacement
+    if characters is None and not vocabulary.from_data:
+        raise UserError(
+            "vocabulary.characters=null, and vocabulary.from_data=false does not look for any. "
+            "Pass vocabulary=from_data, or vocabulary=iam."
+        )
+    if vocabulary.unknown == "replace" and len(replacement) != 1:
+        raise UserError(
+            f"vocabulary.replacement={replacement!r} must be a single character. "
+            "Pass vocabulary.replacement=<character>."
+        )
+    if vocabulary.unknown == "replace" and characters is not None and replacement not in characters:
+        raise UserError(
+            f"vocabulary.replacement={replacement!r} is not in vocabulary.characters. Pass one that "
+            "is, or vocabulary.unknown=drop."
+        )
+
+
+def _check_emnist(data: EmnistData) -> None:
+    if not isinstance(data, EmnistLinesData):
+        return
+    if data.min_characters >= data.max_characters:
+        raise UserError(
+            f"datamodule.min_characters={data.min_characters} must be below datamodule.max_characters="
+            f"{data.max_characters}. Pass datamodule.min_characters={max(1, data.max_characters // 2)}."
+        )
+    if data.min_overlap > data.max_overlap:
+        raise UserError(
+            f"datamodule.min_overlap={data.min_overlap} is above datamodule.max_overlap="
+            f"{data.max_overlap}. Pass datamodule.min_overlap={data.max_overlap}."
+        )
+    _check_room_for_tokens(data)
+
+
 def _check_generated(data: GeneratedData) -> None:
     if data.min_lines > data.max_lines:
         raise UserError(
@@ -349,6 +448,10 @@ def _check_generated(data: GeneratedData) -> None:
             f"{data.min_characters} and max_characters={data.max_characters}. "
             f"Pass datamodule.mean_characters={(data.min_characters + data.max_characters) // 2}."
         )
+    _check_room_for_tokens(data)
+
+
+def _check_room_for_tokens(data: GeneratedData | EmnistLinesData) -> None:
     if data.max_characters + 2 > data.max_length:  # the start and the end token
         raise UserError(
             f"datamodule.max_length={data.max_length} is too short for "

@@ -27,23 +27,33 @@ class Vocabulary:
 
     Args:
         fold: write typographic quotes, dashes and ellipses as their plain forms.
-        unknown: what `prepare` does with characters that are not in the vocabulary: "error", "drop".
+        unknown: what `prepare` does with characters that are not in the vocabulary: "error" leaves
+            them (to be refused), "drop" leaves them out, "replace" writes `replacement`.
 
     Raises:
-        ValueError: a character stands twice, or something longer than a character is given.
+        ValueError: a character stands twice, something longer than a character is given, or the
+            replacement that is to be written is no character of the vocabulary.
     """
 
     blank, start, end, pad = range(4)
 
     def __init__(
-        self, characters: Iterable[str], *, fold: bool = False, unknown: str = "error"
+        self,
+        characters: Iterable[str],
+        *,
+        fold: bool = False,
+        unknown: str = "error",
+        replacement: str = "?",
     ) -> None:
-        self.fold, self.drops_unknown = fold, unknown == "drop"
+        self.fold, self.treatment = fold, unknown
+        self.instead = {"error": None, "drop": "", "replace": replacement}[unknown]
         self.characters = tuple(characters)
         if any(len(character) != 1 for character in self.characters):
             raise ValueError("a vocabulary is made of single characters")
         if len(set(self.characters)) != len(self.characters):
             raise ValueError("a character stands twice in the vocabulary")
+        if self.instead and self.instead not in self.characters:
+            raise ValueError(f"the replacement {replacement!r} is not in the vocabulary")
         self.tokens = SPECIAL_TOKENS + self.characters
         self._ids = {
             character: len(SPECIAL_TOKENS) + index
@@ -63,12 +73,11 @@ class Vocabulary:
         return f"Vocabulary({len(self)} tokens: {''.join(self.characters)!r})"
 
     def prepare(self, text: str) -> str:
-        """Return the text in NFC, folded and without unknown characters if that was asked for."""
-        text = unicodedata.normalize("NFC", text)
-        if self.fold:
-            text = text.translate(FOLDED)
-        if self.drops_unknown:
-            text = "".join(character for character in text if character in self._ids)
+        """Return the text normalised, its unknown characters treated as was asked for."""
+        text = normalise(text, fold=self.fold)
+        instead = self.instead
+        if instead is not None:
+            text = "".join(c if c in self._ids else instead for c in text)
         return text
 
     def encode(self, text: str) -> list[int]:
@@ -106,10 +115,25 @@ class Vocabulary:
         """
         unknown = self.unknown(texts)
         if unknown:
-            listed = ", ".join(f"{c!r} (U+{ord(c):04X}) x{n}" for c, n in unknown.most_common(20))
-            more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
             raise UserError(
-                f"vocabulary.characters lacks {listed}{more}. Add them with "
+                f"vocabulary.characters lacks {listed(unknown)}. Add them with "
                 "vocabulary.characters=<all characters>, or pass vocabulary.fold=true (typographic "
-                "quotes and dashes) or vocabulary.unknown=drop."
+                "quotes and dashes), vocabulary.unknown=drop or vocabulary.unknown=replace."
             )
+
+
+def normalise(text: str, *, fold: bool) -> str:
+    """Return the text in NFC, typographic signs in their plain forms if `fold`."""
+    text = unicodedata.normalize("NFC", text)
+    return text.translate(FOLDED) if fold else text
+
+
+def found_characters(texts: Iterable[str], *, fold: bool) -> str:
+    """Return every character of the normalised texts once, in the order of their code points."""
+    return "".join(sorted({c for text in texts for c in normalise(text, fold=fold)}))
+
+
+def listed(counts: Counter[str]) -> str:
+    """Return up to 20 characters with code point and count, the most frequent first, in one line."""
+    named = ", ".join(f"{c!r} (U+{ord(c):04X}) x{n}" for c, n in counts.most_common(20))
+    return named + (f" and {len(counts) - 20} more" if len(counts) > 20 else "")

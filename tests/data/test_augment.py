@@ -4,22 +4,32 @@ import numpy as np
 import pytest
 import torch
 
-from paragraph_ocr.data.augment import Augment
+from paragraph_ocr.data.augment import Augment, Strengths
 from paragraph_ocr.data.contact_sheet import contact_sheet
 
 STRONG = {
     "rotation_deg": 3.0,
     "shear_deg": 12.0,
     "scale": 0.15,
+    "perspective": 0.08,
     "translation_px": 12.0,
-    "elastic_px": 4.0,
+    "elastic_px": 3.0,
+    "tremor_px": 1.0,
     "pen_px": 1.5,
     "blur_px": 1.5,
     "ink": 0.5,
     "paper": 0.3,
     "noise": 0.1,
 }
-GEOMETRY = ("rotation_deg", "shear_deg", "scale", "translation_px", "elastic_px")
+GEOMETRY = (
+    "rotation_deg",
+    "shear_deg",
+    "scale",
+    "perspective",
+    "translation_px",
+    "elastic_px",
+    "tremor_px",
+)
 
 
 def bars(count: int, height: int = 96, width: int = 160) -> torch.Tensor:
@@ -33,7 +43,7 @@ def bars(count: int, height: int = 96, width: int = 160) -> torch.Tensor:
 
 def test_without_strengths_every_page_stays_as_it_is():
     images = torch.randint(0, 256, (3, 1, 40, 60), dtype=torch.uint8)
-    assert torch.equal(Augment()(images), images)
+    assert torch.equal(Augment(Strengths())(images), images)
 
 
 @pytest.mark.parametrize("name", STRONG)
@@ -41,7 +51,7 @@ def test_each_strength_alone_changes_pages_and_each_page_otherwise(name):
     torch.manual_seed(0)
     images = bars(6)
     given = images.clone()
-    changed = Augment(**{name: STRONG[name]})(images)
+    changed = Augment(Strengths(**{name: STRONG[name]}))(images)
     assert torch.equal(images, given)
     assert changed.shape == images.shape
     assert changed.dtype == torch.uint8
@@ -54,7 +64,7 @@ def test_torchs_seed_decides_what_is_drawn():
     drawn = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        drawn.append(Augment(**STRONG)(images))
+        drawn.append(Augment(Strengths(**STRONG))(images))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
 
@@ -63,7 +73,7 @@ def test_torchs_seed_decides_what_is_drawn():
 def test_small_strengths_change_little(tiny):
     torch.manual_seed(0)
     images = bars(4)
-    changed = Augment(**dict.fromkeys(STRONG, tiny))(images)
+    changed = Augment(Strengths(**dict.fromkeys(STRONG, tiny)))(images)
     assert (changed.int() - images.int()).abs().max() <= 2
 
 
@@ -72,7 +82,7 @@ def test_ink_never_leaves_the_page():
     frame = torch.zeros(64, 1, 96, 160, dtype=torch.uint8)
     frame[:, :, [4, 5, 6, -7, -6, -5], 5:-5] = 255
     frame[:, :, 5:-5, [4, 5, 6, -7, -6, -5]] = 255
-    moved = Augment(**{name: STRONG[name] for name in GEOMETRY})(frame)
+    moved = Augment(Strengths(**{name: STRONG[name] for name in GEOMETRY}))(frame)
     for edge in (moved[..., 0, :], moved[..., -1, :], moved[..., 0], moved[..., -1]):
         assert edge.max() == 0
     # all four sides are still there: a line through the middle crosses two of them
@@ -82,11 +92,29 @@ def test_ink_never_leaves_the_page():
         assert (middle[:, half:].amax(dim=1) > 60).all()
 
 
+def test_ink_stays_on_a_page_that_is_smaller_than_its_canvas():
+    torch.manual_seed(0)
+    page = bars(1, 64, 96)[0]
+    canvas = torch.zeros(48, 1, 96, 160, dtype=torch.uint8)
+    canvas[:, :, :64, :96] = page
+    sizes = torch.tensor([[64, 96]] * 48)
+    strengths = Strengths(**{name: STRONG[name] for name in GEOMETRY})
+    moved = Augment(strengths)(canvas, sizes)
+    assert moved[:, :, 64:].max() == 0
+    assert moved[..., 96:].max() == 0
+    # turned about its own centre: as if there were no canvas
+    torch.manual_seed(1)
+    alone = Augment(Strengths(rotation_deg=3.0))(page.repeat(4, 1, 1, 1))
+    torch.manual_seed(1)
+    among = Augment(Strengths(rotation_deg=3.0))(canvas[:4], sizes[:4])
+    assert (alone.int() - among[:, :, :64, :96].int()).abs().max() <= 1
+
+
 def test_a_shift_moves_ink_by_no_more_than_was_asked():
     torch.manual_seed(0)
     dot = torch.zeros(200, 1, 64, 64, dtype=torch.uint8)
     dot[:, :, 31:34, 31:34] = 255
-    moved = Augment(translation_px=6.0)(dot)[:, 0].float()
+    moved = Augment(Strengths(translation_px=6.0))(dot)[:, 0].float()
     places = torch.arange(64.0)
     weight = moved.sum(dim=(1, 2))
     for axis in (1, 2):
@@ -101,7 +129,7 @@ def test_a_rotation_turns_either_way_by_no_more_than_was_asked():
     torch.manual_seed(0)
     line = torch.zeros(100, 1, 200, 200, dtype=torch.uint8)
     line[:, :, 99:102, 40:160] = 255
-    turned = Augment(rotation_deg=5.0)(line)[:, 0].float()
+    turned = Augment(Strengths(rotation_deg=5.0))(line)[:, 0].float()
     places = torch.arange(200.0)
     ends = [
         (turned[:, :, x].mul(places).sum(dim=1) / turned[:, :, x].sum(dim=1)) for x in (60, 140)
@@ -115,7 +143,7 @@ def test_a_rotation_turns_either_way_by_no_more_than_was_asked():
 def test_the_pen_grows_and_shrinks_but_strokes_stay():
     torch.manual_seed(0)
     images = bars(40)
-    ink = Augment(pen_px=1.0)(images).float().mean(dim=(1, 2, 3))
+    ink = Augment(Strengths(pen_px=1.0))(images).float().mean(dim=(1, 2, 3))
     before = images.float().mean(dim=(1, 2, 3))[0]
     assert ink.max() > 1.1 * before
     assert ink.min() < 0.9 * before
@@ -126,7 +154,7 @@ def test_blank_pages_are_no_trouble():
     torch.manual_seed(0)
     blank = torch.zeros(2, 1, 40, 60, dtype=torch.uint8)
     geometry = {name: STRONG[name] for name in GEOMETRY}
-    assert torch.equal(Augment(**geometry)(blank), blank)
+    assert torch.equal(Augment(Strengths(**geometry))(blank), blank)
 
 
 def test_a_contact_sheet_shows_every_page_above_its_text():

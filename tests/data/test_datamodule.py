@@ -7,6 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from paragraph_ocr.data.augment import Strengths
 from paragraph_ocr.data.datamodule import Order, ParagraphDataModule
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.vocabulary import Vocabulary
@@ -193,3 +194,56 @@ def test_a_resumed_run_goes_on_with_the_very_batch_that_was_next(make, tmp_path,
 
 def test_another_seed_of_the_data_is_another_store(noise, root, vocabulary):
     assert noise.prepare(root, num_workers=0) != replace(noise, seed=1).prepare(root, num_workers=0)
+
+
+STRENGTHS = Strengths(
+    rotation_deg=3.0,
+    perspective=0.05,
+    elastic_px=2.0,
+    tremor_px=1.0,
+    pen_px=1.0,
+    paper=0.2,
+    noise=0.1,
+)
+
+
+def pages(module, *, epoch=0) -> dict[int, bytes]:
+    """Return the training pages of an epoch as they are loaded, by row."""
+    loader = module.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    return {
+        int(row): image.numpy().tobytes()
+        for batch in loader
+        for row, image in zip(batch.rows, batch.images, strict=True)
+    }
+
+
+def test_workers_augment_to_the_same_bytes_however_many_they_are(make):
+    alone = pages(make(strengths=STRENGTHS))
+    assert alone == pages(make(strengths=STRENGTHS, num_workers=1))
+    assert alone == pages(make(strengths=STRENGTHS, num_workers=4))
+    assert len(set(alone.values())) == 23
+
+
+def test_an_epoch_and_a_seed_of_its_own_augment_otherwise(make):
+    module = make(strengths=STRENGTHS, num_workers=1)  # workers live on from epoch to epoch
+    first, second, again = pages(module), pages(module, epoch=1), pages(module, epoch=0)
+    assert first == again
+    assert all(first[row] != second[row] for row in first)
+    other = pages(make(strengths=STRENGTHS, seed=4))
+    assert all(first[row] != other[row] for row in first)
+
+
+def test_what_is_scored_is_never_augmented(make):
+    plain, augmented = make(), make(strengths=STRENGTHS)
+    for name in ("val_dataloader", "test_dataloader"):
+        for a, b in zip(getattr(plain, name)(), getattr(augmented, name)(), strict=True):
+            assert torch.equal(a.images, b.images)
+    assert pages(plain) != pages(augmented)
+
+
+def test_what_happens_to_unknown_characters_is_said_with_counts(make, noise, capsys):
+    module = make(setup=False)
+    module.vocabulary = Vocabulary(noise.characters.replace("Q", ""), unknown="drop")
+    module.setup()
+    assert "vocabulary.unknown=drop changes 'Q' (U+0051) x" in capsys.readouterr().out

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from paragraph_ocr.data.augment import Strengths
+from paragraph_ocr.data.augment_page import augment_page
 from paragraph_ocr.data.dataset import ParagraphDataset, collate
 from paragraph_ocr.data.store import Paragraph, Store, StoreWriter, pack
 from paragraph_ocr.vocabulary import Vocabulary
@@ -63,3 +65,21 @@ def test_padding_within_the_stored_canvas_counts_as_padding(tmp_path, vocabulary
     batch = collate([dataset[0]])
     assert batch.images.shape == (1, 1, 32, 32)
     assert batch.sizes.tolist() == [[20, 30]]
+
+
+def test_the_page_is_augmented_and_not_its_canvas(dataset, tmp_path, vocabulary):
+    strengths = Strengths(rotation_deg=5.0, scale=0.2, noise=0.1)
+    page = np.zeros((40, 60), np.uint8)
+    page[8:-8, 8:-8] = 255
+    with StoreWriter(tmp_path / "padded.h5", fingerprint="p") as writer:
+        writer.add(pack(Paragraph(page, "x", "train", "", ""), canvas=(64, 96)))
+    padded = ParagraphDataset(
+        Store(tmp_path / "padded.h5"), [0], vocabulary, augmentation=(strengths, 5)
+    )
+    for epoch in (0, 1):
+        image = padded[epoch].image
+        alone = augment_page(page, strengths, np.random.default_rng([5, epoch, 0]))
+        assert np.array_equal(image[:40, :60], alone)
+        assert not image[40:].any()
+        assert not image[:, 60:].any()
+    assert np.array_equal(padded.store.image(0)[:40, :60], page)

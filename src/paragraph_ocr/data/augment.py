@@ -1,152 +1,216 @@
-"""Augmentation of a whole batch on its device, every page with parameters of its own."""
+"""Augmentation: how strong, and a whole batch at once on its device, every page in its own way.
+
+`augment_page.py` does the same to one page on a CPU. Both compose their effects in one order, from
+one set of distributions, so that a strength means the same in either place.
+"""
 
 import math
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-_COARSE_PX, _FINE_PX = 96, 24
-"""Distance of the control points of the two elastic displacements."""
+COARSE_PX, FINE_PX = 96, 24
+"""Distance of the control points of the two elastic displacements, and of the paper's texture."""
 
-_INK = 0.25
+INK = 0.25
 """Share of full ink above which a pixel belongs to the writing, not to the paper's texture."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Strengths:
+    """Most of each effect; a page draws its own between none and this, either way where there are two.
+
+    `conf/regularization/standard.yaml` says what each is. All zero: pages stay as they are.
+    """
+
+    rotation_deg: float = 0.0
+    shear_deg: float = 0.0
+    scale: float = 0.0
+    perspective: float = 0.0
+    translation_px: float = 0.0
+    elastic_px: float = 0.0
+    tremor_px: float = 0.0
+    pen_px: float = 0.0
+    blur_px: float = 0.0
+    ink: float = 0.0
+    paper: float = 0.0
+    noise: float = 0.0
+
+    @property
+    def move(self) -> bool:
+        """Whether any of them moves ink from its place."""
+        moving = (self.rotation_deg, self.shear_deg, self.scale, self.perspective)
+        return any((*moving, self.translation_px, self.elastic_px, self.tremor_px))
+
+    @property
+    def work(self) -> bool:
+        """Whether any of them is not zero."""
+        return any(getattr(self, field.name) for field in fields(self))
 
 
 class Augment(nn.Module):
     """Pages as another pen, hand, paper and scanner would give them.
 
-    Strengths in pixels, degrees and shares; `conf/regularization/standard.yaml` says which. Each page
-    draws its own between none and the full strength, from torch's global generator. Ink stays on the
-    page: where it would leave, the page is moved less and shrunk more. All zero: the input itself is
-    returned.
+    All that is random comes from torch's global generator. Ink stays on the page, which where `sizes`
+    are given (height and width in pixels) is smaller than its canvas: where it would leave, the page is
+    moved less and shrunk more. Without strengths the input itself is returned.
     """
 
-    def __init__(
-        self,
-        *,
-        rotation_deg: float = 0.0,
-        shear_deg: float = 0.0,
-        scale: float = 0.0,
-        translation_px: float = 0.0,
-        elastic_px: float = 0.0,
-        pen_px: float = 0.0,
-        blur_px: float = 0.0,
-        ink: float = 0.0,
-        paper: float = 0.0,
-        noise: float = 0.0,
-    ) -> None:
+    def __init__(self, strengths: Strengths) -> None:
         super().__init__()
-        self.rotation, self.shear = math.radians(rotation_deg), math.radians(shear_deg)
-        self.scale, self.translation_px = scale, translation_px
-        self.elastic_px, self.pen_px, self.blur_px = elastic_px, pen_px, blur_px
-        self.ink, self.paper, self.noise = ink, paper, noise
-        self._moves = any((rotation_deg, shear_deg, scale, translation_px, elastic_px))
-        self._works = self._moves or any((pen_px, blur_px, ink, paper, noise))
+        self.strengths = strengths
 
     @torch.no_grad()
-    def forward(self, images: UInt8[Tensor, "B 1 H W"]) -> UInt8[Tensor, "B 1 H W"]:
-        if not self._works:
+    def forward(
+        self, images: UInt8[Tensor, "B 1 H W"], sizes: Int[Tensor, "B 2"] | None = None
+    ) -> UInt8[Tensor, "B 1 H W"]:
+        strengths = self.strengths
+        if not strengths.work:
             return images
         pages = images.float() / 255
-        if self._moves:
-            grid = self._grid(pages)
+        if strengths.move:
+            grid = self._grid(pages, sizes)
             pages = F.grid_sample(pages, grid, padding_mode="zeros", align_corners=False)
-        if self.pen_px:
-            pages = self._pen(pages)
-        if self.blur_px:
-            pages = _mix(pages, _blur(pages, self.blur_px), _uniform(pages))
-        if self.ink:
-            pages = pages * (1 - self.ink * _uniform(pages))
-        if self.paper:
-            texture = _field(pages, _COARSE_PX) * 0.5 + _field(pages, _FINE_PX) * 0.3 + 0.3
-            pages = torch.maximum(pages, self.paper * _uniform(pages) * texture.clamp(0, 1))
-        if self.noise:
-            pages = pages + self.noise * _uniform(pages) * torch.randn_like(pages)
+        if strengths.pen_px:
+            pages = _pen(pages, strengths.pen_px)
+        if strengths.blur_px:
+            pages = _mix(pages, _blur(pages, strengths.blur_px), _uniform(pages))
+        if strengths.ink:
+            pages = pages * (1 - strengths.ink * _uniform(pages))
+        if strengths.paper:
+            texture = _field(pages, COARSE_PX) * 0.5 + _field(pages, FINE_PX) * 0.3 + 0.3
+            pages = torch.maximum(pages, strengths.paper * _uniform(pages) * texture.clamp(0, 1))
+        if strengths.noise:
+            pages = pages + strengths.noise * _uniform(pages) * torch.randn_like(pages)
         return (pages.clamp(0, 1) * 255).round().to(torch.uint8)
 
-    def _grid(self, pages: Float[Tensor, "B 1 H W"]) -> Float[Tensor, "B H W 2"]:
-        """Return where each pixel comes from: affine about the centre, and an elastic displacement."""
-        batch, _, height, width = pages.shape
+    def _grid(
+        self, pages: Float[Tensor, "B 1 H W"], sizes: Int[Tensor, "B 2"] | None
+    ) -> Float[Tensor, "B H W 2"]:
+        """Return where each pixel comes from: projective about the centre, and elastic beyond it."""
+        height, width = pages.shape[2:]
+        canvas = torch.tensor([width, height], device=pages.device)
+        half = (canvas.expand(len(pages), 2) if sizes is None else sizes.flip(1)) / 2
+        view = _keep_ink(pages, self._view(pages, half), half, reach=1 + self._elastic_reach)
+        xs = torch.arange(width, device=pages.device) + 0.5
+        ys = torch.arange(height, device=pages.device) + 0.5
+        places = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1)
+        from_shift = places - (half + view.shift)[:, None, None]
+        depth = 1 + (from_shift * view.tilt[:, None, None]).sum(dim=-1, keepdim=True)
+        grid = from_shift @ view.back.mT[:, None] / depth
+        for strength, spacing in (
+            (self.strengths.elastic_px, COARSE_PX),
+            (self.strengths.tremor_px, FINE_PX),
+        ):
+            if strength:
+                moved = strength * _uniform(pages) * _field(pages, spacing, 2)
+                grid = grid + moved.permute(0, 2, 3, 1)
+        return (grid + half[:, None, None]) / (canvas / 2) - 1
+
+    @property
+    def _elastic_reach(self) -> float:
+        return self.strengths.elastic_px + self.strengths.tremor_px
+
+    def _view(self, pages: Tensor, half: Float[Tensor, "B 2"]) -> "View":
+        """Draw how each page is seen."""
+        strengths = self.strengths
 
         def either_way(strength: float) -> Tensor:
             return strength * (2 * _uniform(pages)[:, 0, 0, 0] - 1)
 
-        angle, shear = either_way(self.rotation), either_way(self.shear).tan()
+        angle = either_way(math.radians(strengths.rotation_deg))
+        shear = either_way(math.radians(strengths.shear_deg)).tan()
         cos, sin = angle.cos(), angle.sin()
         back = torch.stack([cos, shear * cos - sin, sin, shear * sin + cos], dim=1).view(-1, 2, 2)
-        back = back / (1 + either_way(self.scale)).view(-1, 1, 1)  # from page to source, in pixels
-        shift = torch.stack([either_way(self.translation_px) for _ in range(2)], dim=1)
-        back, shift = _keep_ink(pages, back, shift, reach=1 + self.elastic_px)
+        back = back / (1 + either_way(strengths.scale)).view(-1, 1, 1)
+        tilt = torch.stack([either_way(strengths.perspective) for _ in range(2)], dim=1) / half
+        shift = torch.stack([either_way(strengths.translation_px) for _ in range(2)], dim=1)
+        return View(back, tilt, shift)
 
-        half = torch.tensor([width / 2, height / 2], device=pages.device)
-        offset = -(back @ shift.unsqueeze(2))
-        affine = torch.cat([back * half, offset], dim=2) / half.view(1, 2, 1)
-        grid = F.affine_grid(affine, [batch, 1, height, width], align_corners=False)
-        if self.elastic_px:
-            strength = self.elastic_px * _uniform(pages)
-            moved = _field(pages, _COARSE_PX, 2) + 0.3 * _field(pages, _FINE_PX, 2)
-            moved = strength * moved.clamp(-1, 1)
-            grid = grid + moved.permute(0, 2, 3, 1) / half
-        return grid
 
-    def _pen(self, pages: Float[Tensor, "B 1 H W"]) -> Float[Tensor, "B 1 H W"]:
-        """Return strokes broader or finer by up to pen_px, half of the pages each."""
-        reach = math.ceil(self.pen_px)
-        broad = F.max_pool2d(pages, 2 * reach + 1, stride=1, padding=reach)
-        fine = -F.max_pool2d(-pages, 2 * reach + 1, stride=1, padding=reach)
-        amount = 0.5 * self.pen_px / reach * _uniform(pages)
-        broader = _uniform(pages) < 0.5
-        return torch.where(broader, _mix(pages, broad, amount), _mix(pages, fine, amount))
+class View(NamedTuple):
+    """The map from a place p of the new page to its source: back @ (p - shift) / (1 + tilt . (p - shift)).
+
+    Pixels from the centre of the page, (x, y).
+    """
+
+    back: Float[Tensor, "B 2 2"]
+    tilt: Float[Tensor, "B 2"]
+    shift: Float[Tensor, "B 2"]
 
 
 def _keep_ink(
-    pages: Float[Tensor, "B 1 H W"],
-    back: Float[Tensor, "B 2 2"],
-    shift: Float[Tensor, "B 2"],
-    *,
-    reach: float,
-) -> tuple[Float[Tensor, "B 2 2"], Float[Tensor, "B 2"]]:
-    """Return the map, shrunk and shifted where it would carry ink off the page.
+    pages: Float[Tensor, "B 1 H W"], view: View, half: Float[Tensor, "B 2"], *, reach: float
+) -> View:
+    """Return the view, shrunk and shifted where it would carry ink off the page.
 
-    A transcription must stay true to its image. `back` leads from page to source about the centre,
-    `shift` moves the page, both in pixels; `reach` is how far anything else may move ink.
+    A transcription must stay true to its image. `half` is half of each page's extent, `reach` how far
+    in pixels anything else may move ink. A projective map keeps what is convex so: the corners of the
+    ink's bounds bound it afterwards.
     """
-    height, width = pages.shape[2:]
-    ink = pages[:, 0] > _INK
+    ink = pages[:, 0] > INK
     bounds = []
-    for along, length in ((ink.any(dim=1), width), (ink.any(dim=2), height)):
-        places = torch.arange(length, device=pages.device) + 0.5 - length / 2
+    for axis, along in enumerate((ink.any(dim=1), ink.any(dim=2))):
+        places = torch.arange(along.shape[1], device=pages.device) + 0.5 - half[:, axis, None]
         inside = torch.where(along, places, places.new_tensor(0.0))
         bounds += [inside.amin(dim=1) - reach, inside.amax(dim=1) + reach]
     left, right, top, bottom = bounds
     corners = torch.stack(
         [torch.stack([x, y], dim=1) for x in (left, right) for y in (top, bottom)], dim=2
     )
-    placed = torch.linalg.inv(back) @ corners
+    flat = torch.linalg.inv(view.back) @ corners
+    placed = flat / (1 - view.tilt.unsqueeze(1) @ flat)
     low, high = placed.amin(dim=2), placed.amax(dim=2)
-    room = torch.tensor([width, height], device=pages.device) - 2.0
+    room = 2 * half - 2.0
     size = (room / (high - low)).amin(dim=1, keepdim=True).clamp(max=1)
     low, high = low * size, high * size
-    return back / size.unsqueeze(2), torch.clamp(shift, -room / 2 - low, room / 2 - high)
+    shift = torch.clamp(view.shift, -room / 2 - low, room / 2 - high)
+    return View(view.back / size.unsqueeze(2), view.tilt / size, shift)
 
 
-def _uniform(pages: Tensor) -> Tensor:
-    """Return a number between 0 and 1 for each page, "B 1 1 1"."""
-    return torch.rand(len(pages), 1, 1, 1, device=pages.device)
+@lru_cache(maxsize=1024)  # pages of many sizes
+def spline(length: int, spacing_px: int, step_px: int = 1) -> np.ndarray:
+    """Return the weights (places, points) of control points `spacing_px` apart: Catmull and Rom's.
+
+    Places are the centres of steps of `step_px`, over the length; with a step above 1, one more at
+    either end. The curve goes through its points; between them it may go beyond them by a quarter.
+    """
+    extra = step_px > 1
+    places = (np.arange(-extra, math.ceil(length / step_px) + extra) + 0.5) * step_px - 0.5
+    points = np.arange(math.floor(places[0] / spacing_px) - 1, places[-1] / spacing_px + 2)
+    far = np.abs(places[:, None] / spacing_px - points)
+    near, wide = 1.5 * far**3 - 2.5 * far**2 + 1, -0.5 * far**3 + 2.5 * far**2 - 4 * far + 2
+    return np.where(far < 1, near, np.where(far < 2, wide, 0.0)).astype(np.float32)
 
 
-def _mix(pages: Tensor, others: Tensor, share: Tensor) -> Tensor:
-    return pages + share * (others - pages)
+@lru_cache(maxsize=64)
+def _spline_on(device: torch.device, length: int, spacing_px: int) -> Tensor:
+    return torch.from_numpy(spline(length, spacing_px)).to(device)
 
 
 def _field(pages: Tensor, spacing_px: int, channels: int = 1) -> Tensor:
-    """Return smooth noise "B channels H W", mostly between -1 and 1, wavy at the spacing."""
+    """Return smooth noise "B channels H W" between -1 and 1, wavy at the spacing."""
     batch, _, height, width = pages.shape
-    coarse = (max(2, height // spacing_px + 2), max(2, width // spacing_px + 2))
-    points = 2 * torch.rand(batch, channels, *coarse, device=pages.device) - 1
-    return F.interpolate(points, (height, width), mode="bicubic", align_corners=True)
+    down, across = (_spline_on(pages.device, length, spacing_px) for length in (height, width))
+    shape = (batch, channels, down.shape[1], across.shape[1])
+    points = 2 * torch.rand(shape, device=pages.device) - 1
+    return (down @ points @ across.T).clamp(-1, 1)
+
+
+def _pen(pages: Float[Tensor, "B 1 H W"], pen_px: float) -> Float[Tensor, "B 1 H W"]:
+    """Return strokes broader or finer by up to pen_px, half of the pages each."""
+    reach = math.ceil(pen_px)
+    broad = F.max_pool2d(pages, 2 * reach + 1, stride=1, padding=reach)
+    fine = -F.max_pool2d(-pages, 2 * reach + 1, stride=1, padding=reach)
+    amount = 0.5 * pen_px / reach * _uniform(pages)
+    broader = _uniform(pages) < 0.5
+    return torch.where(broader, _mix(pages, broad, amount), _mix(pages, fine, amount))
 
 
 def _blur(pages: Tensor, deviation_px: float) -> Tensor:
@@ -156,3 +220,12 @@ def _blur(pages: Tensor, deviation_px: float) -> Tensor:
     kernel = kernel / kernel.sum()
     across = F.conv2d(pages, kernel.view(1, 1, 1, -1), padding=(0, reach))
     return F.conv2d(across, kernel.view(1, 1, -1, 1), padding=(reach, 0))
+
+
+def _uniform(pages: Tensor) -> Tensor:
+    """Return a number between 0 and 1 for each page, "B 1 1 1"."""
+    return torch.rand(len(pages), 1, 1, 1, device=pages.device)
+
+
+def _mix(pages: Tensor, others: Tensor, share: Tensor) -> Tensor:
+    return pages + share * (others - pages)

@@ -3,8 +3,10 @@
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytorch_lightning as pl
 import torch
@@ -12,19 +14,23 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from paragraph_ocr import console
+from paragraph_ocr.data.augment import Strengths
 from paragraph_ocr.data.corpus import Corpus
-from paragraph_ocr.data.dataset import Item, ParagraphDataset, collate
+from paragraph_ocr.data.dataset import HeldDataset, Item, ParagraphDataset, collate
 from paragraph_ocr.data.stacked import StackedDataset, Stacking
 from paragraph_ocr.data.store import Store
 from paragraph_ocr.data.text import SPLITS
 from paragraph_ocr.errors import UserError
-from paragraph_ocr.vocabulary import Vocabulary
+from paragraph_ocr.vocabulary import Vocabulary, listed, normalise
 
 _NAMED = 20  # paragraphs named in a message
 
 
 class Order(DistributedSampler[int]):
     """One process's share of the positions 0 to `length`, in an order that seed and epoch decide.
+
+    Each epoch's positions go on where those of the epoch before end, so that a position tells a
+    worker, which lives on from epoch to epoch, also the epoch.
 
     By type a DistributedSampler, because Lightning would wrap any other in one that keeps the order
     of the first epoch.
@@ -33,7 +39,6 @@ class Order(DistributedSampler[int]):
         seed: None keeps positions in order.
         even: repeat a few positions, so that every process gets as many (training needs that, and a
             score must not have it).
-        counts_on: positions go on from epoch to epoch: `epoch * length + position`.
         start: epoch, and positions of this process that are done in it: where a resumed run goes on.
     """
 
@@ -45,12 +50,10 @@ class Order(DistributedSampler[int]):
         rank: int = 0,
         world_size: int = 1,
         even: bool = False,
-        counts_on: bool = False,
         start: tuple[int, int] = (0, 0),
     ) -> None:
         self.length, self.order_seed = length, seed
         self.rank, self.num_replicas, self.even = rank, world_size, even
-        self.counts_on = counts_on
         self.start = start
         self.epoch = start[0]  # the first iterator is made before Lightning calls `set_epoch`
 
@@ -63,8 +66,7 @@ class Order(DistributedSampler[int]):
             order = np.random.default_rng([self.order_seed, self.epoch]).permutation(self.length)
         mine = np.resize(order, self._total())[self.rank :: self.num_replicas]
         done = self.start[1] if self.epoch == self.start[0] else 0
-        first = self.epoch * self.length if self.counts_on else 0
-        return iter((first + mine[done:]).tolist())
+        return iter((self.epoch * self.length + mine[done:]).tolist())
 
     def _total(self) -> int:
         if not self.even:
@@ -82,6 +84,7 @@ class ParagraphDataModule(pl.LightningDataModule):
         stacking: makes training paragraphs from the lines in the store.
         overfit_batches: a number of batches, or (a float) a share of them, that are all there is:
             unshuffled, the same in training, validation and test. 0 uses all data properly.
+        strengths: of the augmentation that the loader's workers do to training pages; None is none.
         progress: told (done, total) while a store is being prepared.
     """
 
@@ -97,6 +100,7 @@ class ParagraphDataModule(pl.LightningDataModule):
         too_long: str = "error",
         stacking: Stacking | None = None,
         overfit_batches: int | float = 0,
+        strengths: Strengths | None = None,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -105,8 +109,9 @@ class ParagraphDataModule(pl.LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.max_length, self.overfit_batches, self.seed = max_length, overfit_batches, seed
         self.too_long, self.stacking = too_long, stacking
+        self.strengths = strengths or Strengths()
         self._progress = progress
-        self._datasets: dict[str, ParagraphDataset | StackedDataset] = {}
+        self._datasets: dict[str, ParagraphDataset | StackedDataset | HeldDataset] = {}
         self._start = (0, 0)  # epoch, batches done in it
 
     def prepare_data(self) -> None:
@@ -127,6 +132,8 @@ class ParagraphDataModule(pl.LightningDataModule):
             return
         store = Store(self.corpus.prepare(self.root, num_workers=0))
         self.vocabulary.require([self.vocabulary.prepare(text) for text in store.texts])
+        self._tell_unknown(store.texts)
+        augmentation = (self.strengths, self.seed) if any(asdict(self.strengths).values()) else None
         rows = {split: store.rows(split) for split in SPLITS}
         lines: list[int] = []
         if self.stacking is not None:
@@ -140,7 +147,12 @@ class ParagraphDataModule(pl.LightningDataModule):
                     f"datamodule.max_length={self.max_length} leaves no paragraph of {split}. "
                     f"Pass datamodule.max_length={max(too_long.values())}."
                 )
-            self._datasets[split] = ParagraphDataset(store, kept, self.vocabulary)
+            self._datasets[split] = ParagraphDataset(
+                store,
+                kept,
+                self.vocabulary,
+                augmentation=augmentation if split == "train" else None,
+            )
         if self.stacking is not None:
             self._datasets["train"] = StackedDataset(
                 store,
@@ -150,10 +162,11 @@ class ParagraphDataModule(pl.LightningDataModule):
                 lines=lines,
                 max_length=self.max_length,
                 seed=self.seed,
+                augmentation=augmentation,
             )
         if self.overfit_batches:
             train = self._datasets["train"]
-            same = train.first(self._num_overfit_batches(len(train)) * self.batch_size)
+            same = HeldDataset(train, self._num_overfit_batches(len(train)) * self.batch_size)
             self._datasets = dict.fromkeys(SPLITS, same)
 
     def _too_long(self, store: Store, rows: Sequence[int]) -> dict[int, int]:
@@ -179,6 +192,14 @@ class ParagraphDataModule(pl.LightningDataModule):
             f"{found}. Pass datamodule.max_length={max(too_long.values())} or more, or "
             "datamodule.too_long=skip to leave them out."
         )
+
+    def _tell_unknown(self, texts: Sequence[str]) -> None:
+        """Say which characters are dropped or replaced, and how often."""
+        plain = (normalise(text, fold=self.vocabulary.fold) for text in texts)
+        if unknown := self.vocabulary.unknown(plain):
+            console.warn(
+                f"vocabulary.unknown={self.vocabulary.treatment} changes {listed(unknown)}."
+            )
 
     def _num_overfit_batches(self, length: int) -> int:
         if isinstance(self.overfit_batches, int):
@@ -213,7 +234,6 @@ class ParagraphDataModule(pl.LightningDataModule):
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
             even=split == "train",
-            counts_on=isinstance(dataset, StackedDataset) and not self.overfit_batches,
             start=(self._start[0], self._start[1] * self.batch_size)
             if split == "train"
             else (0, 0),
@@ -228,6 +248,7 @@ class ParagraphDataModule(pl.LightningDataModule):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
+            worker_init_fn=_one_thread,
             generator=torch.Generator().manual_seed(self.seed),
         )
 
@@ -254,3 +275,8 @@ class ParagraphDataModule(pl.LightningDataModule):
 
     def _rows(self) -> Sequence[int]:
         return sorted({row for dataset in self._datasets.values() for row in dataset.rows})
+
+
+def _one_thread(worker: int) -> None:
+    """Keep OpenCV in a worker to its one thread, as torch is; a pool of threads does not outlive a fork."""
+    cv2.setNumThreads(0)

@@ -1,13 +1,15 @@
 """Rows of a store as items, and items as batches."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from paragraph_ocr.batch import Batch
+from paragraph_ocr.data.augment import Strengths
+from paragraph_ocr.data.augment_page import augment_page
 from paragraph_ocr.data.store import Store
 from paragraph_ocr.vocabulary import Vocabulary
 
@@ -22,39 +24,67 @@ class Item(NamedTuple):
 
 
 class ParagraphDataset(Dataset[Item]):
-    """Some rows of a store, in the order given.
+    """Some rows of a store, in the order given, over and over: len(dataset) after a position is the
+    same paragraph in the next epoch.
 
     Args:
-        hold: keep what was read once in memory, for a few rows that are wanted again and again.
+        augmentation: strengths and seed. The page of a row depends on seed, epoch and row alone.
     """
 
     def __init__(
-        self, store: Store, rows: Sequence[int], vocabulary: Vocabulary, *, hold: bool = False
+        self,
+        store: Store,
+        rows: Sequence[int],
+        vocabulary: Vocabulary,
+        *,
+        augmentation: tuple[Strengths, int] | None = None,
     ) -> None:
         self.store, self.rows, self.vocabulary = store, list(map(int, rows)), vocabulary
-        self.hold = hold
-        self._held: dict[int, Item] = {}
+        self.augmentation = augmentation
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def first(self, count: int) -> "ParagraphDataset":
-        """Return the first paragraphs alone, held in memory once read: they are to be memorised."""
-        return ParagraphDataset(self.store, self.rows[:count], self.vocabulary, hold=True)
-
     def __getitem__(self, index: int) -> Item:
-        if index not in self._held:
-            item = self._read(index)
-            if not self.hold:
-                return item
-            self._held[index] = item
-        return self._held[index]
-
-    def _read(self, index: int) -> Item:
-        row = self.rows[index]
+        epoch, position = divmod(index, len(self))
+        row = self.rows[position]
         height, width = map(int, self.store.sizes[row])
         tokens = self.vocabulary.encode(self.vocabulary.prepare(self.store.texts[row]))
-        return Item(self.store.image(row), tokens, (height, width), row)
+        item = Item(self.store.image(row), tokens, (height, width), row)
+        return augmented(item, self.augmentation, key=(epoch, row))
+
+
+def augmented(
+    item: Item, augmentation: tuple[Strengths, int] | None, *, key: tuple[int, ...]
+) -> Item:
+    """Return the item with its page changed as seed and key decide; the canvas beyond it stays paper."""
+    if augmentation is None:
+        return item
+    strengths, seed = augmentation
+    height, width = item.size
+    canvas = np.zeros_like(item.image)
+    generator = np.random.default_rng([seed, *key])
+    canvas[:height, :width] = augment_page(item.image[:height, :width], strengths, generator)
+    return item._replace(image=canvas)
+
+
+class HeldDataset(Dataset[Item]):
+    """The first paragraphs of a dataset's first epoch, over and over, kept in memory once read."""
+
+    def __init__(self, dataset: Any, count: int) -> None:
+        self.dataset, self.store = dataset, dataset.store
+        self.rows: list[int] = dataset.rows[:count]
+        self._length = min(count, len(dataset))
+        self._items: dict[int, Item] = {}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Item:
+        position = index % self._length
+        if position not in self._items:
+            self._items[position] = self.dataset[position]
+        return self._items[position]
 
 
 def collate(items: Sequence[Item], *, pad: int = Vocabulary.pad) -> Batch:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Dataset
 
-from paragraph_ocr.data.dataset import Item, ParagraphDataset
+from paragraph_ocr.data.augment import Strengths
+from paragraph_ocr.data.dataset import Item, ParagraphDataset, augmented
 from paragraph_ocr.data.scan import fit
 from paragraph_ocr.data.store import Store
 from paragraph_ocr.errors import UserError
@@ -59,9 +60,11 @@ class StackedDataset(Dataset[Item]):
         lines: Sequence[int],
         max_length: int,
         seed: int,
+        augmentation: tuple[Strengths, int] | None = None,
     ) -> None:
         self.store, self.vocabulary, self.stacking = store, vocabulary, stacking
-        self.originals = ParagraphDataset(store, originals, vocabulary)
+        self.originals = ParagraphDataset(store, originals, vocabulary, augmentation=augmentation)
+        self.augmentation = augmentation
         self.max_length, self.seed = max_length, seed
         texts = {row: vocabulary.prepare(store.texts[row]) for row in lines}
         self._texts = {row: text for row, text in texts.items() if len(text) + 2 <= max_length}
@@ -80,17 +83,12 @@ class StackedDataset(Dataset[Item]):
         """Rows of the real paragraphs."""
         return self.originals.rows[: self._length]
 
-    def first(self, count: int) -> "StackedDataset":
-        """Return the first paragraphs of the first epoch alone."""
-        found = StackedDataset.__new__(StackedDataset)
-        found.__dict__ = {**self.__dict__, "_length": min(count, self._length)}
-        return found
-
     def __getitem__(self, index: int) -> Item:
         epoch, position = divmod(index, self._length)
         if position < len(self.originals):
-            return self.originals[position]
-        return self._stacked(np.random.default_rng([self.seed, epoch, position]))
+            return self.originals[epoch * len(self.originals) + position]
+        item = self._stacked(np.random.default_rng([self.seed, epoch, position]))
+        return augmented(item, self.augmentation, key=(epoch, position, 1))
 
     def _stacked(self, generator: np.random.Generator) -> Item:
         most = min(self.stacking.max_lines, len(self.lines))

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from paragraph_ocr.batch import Batch
 from paragraph_ocr.metrics import ReadingErrors
-from paragraph_ocr.model.recognizer import Recognizer
+from paragraph_ocr.model.reader import Reader
 from paragraph_ocr.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 
@@ -32,7 +31,7 @@ class Learner(pl.LightningModule):
 
     Args:
         schedule: makes the learning-rate schedule from the optimizer and the number of its steps.
-        decoding: how validation and test read; see `Recognizer.read`.
+        decoding: how validation and test read; see `Reader.read`.
         max_length: tokens that a reading may have.
         max_loss_to_read: batches with a higher loss are not read, and count as wholly unread; None reads all.
         num_samples: paragraphs of each validation kept in `samples`.
@@ -40,7 +39,7 @@ class Learner(pl.LightningModule):
 
     def __init__(
         self,
-        recognizer: Recognizer,
+        recognizer: Reader,
         vocabulary: Vocabulary,
         *,
         optimizer: torch.optim.Optimizer,
@@ -83,7 +82,7 @@ class Learner(pl.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         # in float32, so that mixed precision sees the very pages that full precision does
         with torch.autocast(self.device.type, enabled=False):
-            images = self.augment(batch.images)
+            images = self.augment(batch.images, batch.sizes)
         inputs = add_token_noise(
             batch.tokens[:, :-1],
             share=self.token_noise,
@@ -91,7 +90,9 @@ class Learner(pl.LightningModule):
             num_tokens=len(self.vocabulary),
         )
         logits = self._predict(images, inputs, batch.sizes)
-        loss, count = self._loss(logits, batch.tokens[:, 1:], self.label_smoothing)
+        loss, count = self.recognizer.loss(
+            logits, batch.tokens[:, 1:], label_smoothing=self.label_smoothing
+        )
         self.log("train/loss", loss.detach() / count, batch_size=len(batch), prog_bar=True)
         if self.trainer.accumulate_grad_batches == 1:
             return loss / count
@@ -135,7 +136,7 @@ class Learner(pl.LightningModule):
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         logits = self._predict(batch.images, batch.tokens[:, :-1], batch.sizes)
-        loss, count = self._loss(logits, batch.tokens[:, 1:], 0.0)
+        loss, count = self.recognizer.loss(logits, batch.tokens[:, 1:], label_smoothing=0.0)
         # weighted by tokens, so that the mean over a split is that of its tokens
         self.log(f"{stage}/loss", loss / count, batch_size=int(count), sync_dist=True)
         truths = [self.vocabulary.decode(row) for row in batch.tokens[:, 1:].tolist()]
@@ -157,19 +158,6 @@ class Learner(pl.LightningModule):
         for name, value in rates.items():
             # compute() has summed the counts of all processes already
             self.log(f"{stage}/{name}", value, prog_bar=name == "cer", rank_zero_only=False)
-
-    def _loss(
-        self, logits: Float[Tensor, "B L V"], targets: Int[Tensor, "B L"], label_smoothing: float
-    ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-        """Return the cross-entropy summed over all tokens but pad, and their number."""
-        loss = F.cross_entropy(
-            logits.flatten(0, 1).float(),
-            targets.flatten(),
-            ignore_index=self.vocabulary.pad,
-            label_smoothing=label_smoothing,
-            reduction="sum",
-        )
-        return loss, (targets != self.vocabulary.pad).sum()
 
 
 def add_token_noise(

@@ -10,6 +10,7 @@ from paragraph_ocr.model.decoder import Decoder
 from paragraph_ocr.model.encoder import Encoder
 from paragraph_ocr.model.generate import Beam, Greedy, Reading, SpecialTokens, generate
 from paragraph_ocr.model.positions import add_grid_positions
+from paragraph_ocr.model.reader import Reader, token_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Memory:
     """Rows and columns of cells."""
 
 
-class Recognizer(nn.Module):
+class Recognizer(Reader):
     """Encoder, projection to the decoder's width, 2-D positions, decoder."""
 
     def __init__(self, encoder: Encoder, decoder: Decoder, *, special: SpecialTokens) -> None:
@@ -53,6 +54,15 @@ class Recognizer(nn.Module):
         memory = self.encode(images, sizes)
         return self.decoder(tokens, memory.states, memory.mask)
 
+    def loss(
+        self,
+        logits: Float[Tensor, "B T V"],
+        targets: Int[Tensor, "B L"],
+        *,
+        label_smoothing: float,
+    ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+        return token_loss(logits, targets, pad=self.special.pad, label_smoothing=label_smoothing)
+
     @torch.no_grad()
     def read(
         self,
@@ -76,9 +86,3 @@ class Recognizer(nn.Module):
             decoding=decoding,
             max_length=max_length,
         )
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return all weights and statistics, contiguous on the CPU, for a safetensors file."""
-        return {
-            name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()
-        }

@@ -152,7 +152,7 @@ class Search:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         # here and once, not by each process for itself
-        with console.progress("render") as progress:
+        with console.progress("prepare") as progress:
             workers = len(os.sched_getaffinity(0))
             self.corpus.prepare(self.outputs / "data", num_workers=workers, progress=progress)
         with self._reporting(), self._helpers():
@@ -324,7 +324,8 @@ class Search:
         from paragraph_ocr.run import flatten
 
         vocabulary = build.build_vocabulary(experiment)
-        self.corpus = build.build_corpus(experiment.datamodule, vocabulary, seed=experiment.seed)
+        characters = build.writable(experiment, vocabulary)
+        self.corpus = build.build_corpus(experiment.datamodule, characters, seed=experiment.seed)
         free = {"outputs", "name", "trial", "datamodule.num_workers", "datamodule.root"}
         free |= {"trainer.accelerator", "trainer.devices", "trainer.profiler"}
         swept = set(self.space.distributions)

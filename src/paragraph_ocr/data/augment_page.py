@@ -1,0 +1,148 @@
+"""Augmentation of one page on a CPU, by OpenCV: what `augment.py` does to a batch on its device."""
+
+import math
+from functools import lru_cache
+
+import cv2
+import numpy as np
+
+from paragraph_ocr.data.augment import COARSE_PX, FINE_PX, INK, Strengths, spline
+
+_STEP_PX = 8
+"""Distance of the places at which the displacement is computed; it is linear between them."""
+
+_NOISE_SCALE, _NOISE_SPARE_PX = 32, 256
+
+
+def augment_page(
+    page: np.ndarray, strengths: Strengths, generator: np.random.Generator
+) -> np.ndarray:
+    """Return the page (uint8 (H, W): 0 is paper, 255 is ink) as another pen and scanner would give it.
+
+    All that is random comes from the generator; the input is not modified. Ink stays on the page.
+    """
+    if not strengths.work:
+        return page
+    uniform = generator.random
+    if strengths.move:
+        sources = _sources(page, strengths, generator)
+        page = cv2.remap(page, sources, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)  # type: ignore[call-overload]
+    if strengths.pen_px:
+        reach = math.ceil(strengths.pen_px)
+        square = np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)
+        other = cv2.dilate(page, square) if uniform() < 0.5 else cv2.erode(page, square)
+        page = _mix(page, other, 0.5 * strengths.pen_px / reach * uniform())
+    if strengths.blur_px:
+        side = 2 * math.ceil(2 * strengths.blur_px) + 1
+        blurred = cv2.GaussianBlur(
+            page, (side, side), strengths.blur_px, borderType=cv2.BORDER_CONSTANT
+        )
+        page = _mix(page, blurred, uniform())
+    if strengths.ink:
+        page = cv2.convertScaleAbs(page, alpha=1 - strengths.ink * uniform())
+    if strengths.paper:
+        page = np.maximum(page, _paper(page.shape, strengths.paper * uniform(), generator))
+    if strengths.noise:
+        top, left = generator.integers(_NOISE_SPARE_PX, size=2)
+        grain = _grain(*(-(-length // _NOISE_SPARE_PX) for length in page.shape))
+        grain = grain[top : top + page.shape[0], left : left + page.shape[1]]
+        amount = 255 * strengths.noise * uniform() / _NOISE_SCALE
+        page = cv2.addWeighted(page, 1, grain, amount, -128 * amount)
+    return page
+
+
+def _sources(page: np.ndarray, strengths: Strengths, generator: np.random.Generator) -> np.ndarray:
+    """Return where each pixel comes from, float32 (H, W, 2), as (x, y) from the top left."""
+    height, width = page.shape
+    back, tilt, shift = _view(page, strengths, generator)
+    xs, ys = (
+        ((np.arange(-1, math.ceil(length / _STEP_PX) + 1) + 0.5) * _STEP_PX - length / 2)
+        for length in (width, height)
+    )
+    x, y = xs[None, :] - shift[0], ys[:, None] - shift[1]
+    depth = 1 + tilt[0] * x + tilt[1] * y
+    places = np.empty((len(ys), len(xs), 2), np.float32)
+    for axis, length in enumerate((width, height)):
+        found = (back[axis, 0] * x + back[axis, 1] * y) / depth
+        places[..., axis] = found + (length / 2 - 0.5)
+    for strength, spacing in (
+        (strengths.elastic_px, COARSE_PX),
+        (strengths.tremor_px, FINE_PX),
+    ):
+        if strength:
+            amount = strength * generator.random()
+            for axis in range(2):
+                places[..., axis] += amount * _field(page.shape, spacing, generator)
+    return _every_pixel(places, page.shape)
+
+
+def _view(
+    page: np.ndarray, strengths: Strengths, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return back (2, 2), tilt (2,) and shift (2,) as in `augment.View`, all ink kept on the page."""
+    height, width = page.shape
+
+    def either_way(strength: float) -> float:
+        return strength * generator.uniform(-1, 1)
+
+    angle = math.radians(either_way(strengths.rotation_deg))
+    shear = math.tan(math.radians(either_way(strengths.shear_deg)))
+    cos, sin = math.cos(angle), math.sin(angle)
+    back = np.array([[cos, shear * cos - sin], [sin, shear * sin + cos]])
+    back /= 1 + either_way(strengths.scale)
+    tilt = np.array([either_way(strengths.perspective) for _ in range(2)])
+    tilt /= (width / 2, height / 2)
+    shift = np.array([either_way(strengths.translation_px) for _ in range(2)])
+
+    reach = 1 + strengths.elastic_px + strengths.tremor_px
+    bounds = []
+    for axis, length in ((0, width), (1, height)):
+        inked = np.flatnonzero(page.max(axis=axis) > INK * 255)
+        ends = (inked[0], inked[-1]) if len(inked) else (length / 2, length / 2)
+        bounds.append(np.array(ends) + 0.5 - length / 2)
+    low_high = [(min(0.0, found[0]) - reach, max(0.0, found[1]) + reach) for found in bounds]
+    corners = np.array([(x, y) for x in low_high[0] for y in low_high[1]]).T
+    flat = np.linalg.inv(back) @ corners
+    placed = flat / (1 - tilt @ flat)
+    low, high = placed.min(axis=1), placed.max(axis=1)
+    room = np.array([width, height]) - 2.0
+    size = min(1.0, *(room / (high - low)))
+    shift = np.minimum(np.maximum(shift, -room / 2 - low * size), room / 2 - high * size)
+    return back / size, tilt / size, shift
+
+
+def _field(shape: tuple[int, ...], spacing_px: int, generator: np.random.Generator) -> np.ndarray:
+    """Return smooth noise between -1 and 1 at every _STEP_PX, one step beyond the page at each end."""
+    down, across = (spline(length, spacing_px, _STEP_PX) for length in shape)
+    points = generator.random((down.shape[1], across.shape[1]), np.float32)
+    return np.clip(down @ (2 * points - 1) @ across.T, -1, 1)
+
+
+def _paper(shape: tuple[int, ...], most: float, generator: np.random.Generator) -> np.ndarray:
+    """Return a texture uint8 (H, W) of at most a share `most` of full ink."""
+    coarse, fine = (_field(shape, spacing, generator) for spacing in (COARSE_PX, FINE_PX))
+    texture = np.clip(0.5 * coarse + 0.3 * fine + 0.3, 0, 1)
+    return _every_pixel(np.rint(255 * most * texture).astype(np.uint8), shape)
+
+
+def _every_pixel(places: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return values that are given at every step (see `_field`) at every pixel of a page."""
+    size = (places.shape[1] * _STEP_PX, places.shape[0] * _STEP_PX)
+    full = cv2.resize(places, size, interpolation=cv2.INTER_LINEAR)
+    return full[_STEP_PX : _STEP_PX + shape[0], _STEP_PX : _STEP_PX + shape[1]]
+
+
+@lru_cache(maxsize=16)
+def _grain(down: int, across: int) -> np.ndarray:
+    """Return Gaussian noise uint8: 128 is none, _NOISE_SCALE a deviation.
+
+    One step of _NOISE_SPARE_PX larger than the page, whose size is given in such steps. Drawing normal
+    numbers for every page would take longer than all the rest.
+    """
+    sides = [_NOISE_SPARE_PX * (steps + 1) for steps in (down, across)]
+    drawn = np.random.default_rng(0).standard_normal(sides, np.float32)
+    return np.clip(np.rint(128 + _NOISE_SCALE * drawn), 0, 255).astype(np.uint8)
+
+
+def _mix(page: np.ndarray, other: np.ndarray, share: float) -> np.ndarray:
+    return cv2.addWeighted(page, 1 - share, other, share, 0)

@@ -1,0 +1,220 @@
+"""Pages augmented one by one on a CPU, and that a strength means there what it means for a batch."""
+
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from paragraph_ocr.data.augment import Augment, Strengths
+from paragraph_ocr.data.augment_page import augment_page
+
+COUNT = 150
+
+STRONG = {
+    "rotation_deg": 3.0,
+    "shear_deg": 12.0,
+    "scale": 0.15,
+    "perspective": 0.08,
+    "translation_px": 12.0,
+    "elastic_px": 3.0,
+    "tremor_px": 1.0,
+    "pen_px": 1.0,
+    "blur_px": 1.0,
+    "ink": 0.5,
+    "paper": 0.3,
+    "noise": 0.1,
+}
+MOVING = [name for name in STRONG if Strengths(**{name: 1.0}).move]
+
+
+def each(page: np.ndarray, strengths: Strengths, count: int = COUNT) -> np.ndarray:
+    """Return `count` augmentations of a page, one by one."""
+    return np.stack(
+        [augment_page(page, strengths, np.random.default_rng([7, i])) for i in range(count)]
+    )
+
+
+def together(page: np.ndarray, strengths: Strengths, count: int = COUNT) -> np.ndarray:
+    """Return as many, as one batch."""
+    torch.manual_seed(7)
+    batch = torch.from_numpy(page).repeat(count, 1, 1, 1)
+    return Augment(strengths)(batch)[:, 0].numpy()
+
+
+def dots(height: int = 192, width: int = 256) -> np.ndarray:
+    """Return a page with a blob every 32 px, far enough from the edges to stay on it."""
+    page = np.zeros((height, width), np.uint8)
+    page[32:-31:32, 48:-47:32] = 255
+    page = cv2.GaussianBlur(page, (0, 0), 1.5)
+    return cv2.convertScaleAbs(page, alpha=255 / page.max())
+
+
+def displacements(pages: np.ndarray, page: np.ndarray) -> np.ndarray:
+    """Return by how many pixels each dot moved, (pages, dots, xy): the ink of a dot about its centre."""
+    moved = []
+    for changed in pages:
+        for y in range(32, page.shape[0] - 31, 32):
+            for x in range(48, page.shape[1] - 47, 32):
+                part = changed[y - 15 : y + 16, x - 15 : x + 16].astype(float)
+                offsets = np.arange(-15, 16)
+                total = part.sum()
+                moved.append(((part.sum(0) @ offsets) / total, (part.sum(1) @ offsets) / total))
+    return np.array(moved).reshape(len(pages), -1, 2)
+
+
+def stripes() -> np.ndarray:
+    page = np.zeros((128, 160), np.uint8)
+    page[24:-24:12, 24:-24] = 255
+    page[24:-24, 24:-24:16] = 255
+    return cv2.dilate(page, np.ones((3, 3), np.uint8))
+
+
+def deviation(pages: np.ndarray) -> np.ndarray:
+    return pages.reshape(len(pages), -1).std(axis=1)
+
+
+def sharpness(pages: np.ndarray) -> np.ndarray:
+    return np.array([cv2.Laplacian(page, cv2.CV_64F).std() for page in pages])
+
+
+def ink(pages: np.ndarray) -> np.ndarray:
+    return pages.reshape(len(pages), -1).mean(axis=1)
+
+
+def test_without_strengths_the_page_stays_as_it_is():
+    page = stripes()
+    assert augment_page(page, Strengths(), np.random.default_rng(0)) is page
+
+
+def test_the_generator_decides_and_the_input_stays():
+    page = stripes()
+    given = page.copy()
+    first, second, other = (
+        augment_page(page, Strengths(**STRONG), np.random.default_rng(seed)) for seed in (1, 1, 2)
+    )
+    assert np.array_equal(page, given)
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, other)
+    assert (first.shape, first.dtype) == (page.shape, np.uint8)
+
+
+@pytest.mark.parametrize("name", STRONG)
+def test_a_tiny_strength_changes_little_and_a_full_one_each_page_otherwise(name):
+    page = stripes()
+    little = each(page, Strengths(**{name: 1e-4}), 3)
+    assert np.abs(little.astype(int) - page).max() <= 2
+    much = each(page, Strengths(**{name: STRONG[name]}), 6)
+    assert len({page.tobytes(), *(changed.tobytes() for changed in much)}) == 7
+
+
+@pytest.mark.parametrize("augmented", [each, together])
+def test_ink_never_leaves_the_page(augmented: Callable):
+    frame = np.zeros((96, 160), np.uint8)
+    frame[[4, 5, 6, -7, -6, -5], 5:-5] = 255
+    frame[5:-5, [4, 5, 6, -7, -6, -5]] = 255
+    moved = augmented(frame, Strengths(**{name: STRONG[name] for name in MOVING}))
+    for edge in (moved[:, 0], moved[:, -1], moved[..., 0], moved[..., -1]):
+        assert edge.max() == 0
+    for middle in (moved[:, 48, :], moved[:, :, 80]):
+        half = middle.shape[1] // 2
+        assert (middle[:, :half].max(axis=1) > 60).all()
+        assert (middle[:, half:].max(axis=1) > 60).all()
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_a_strength_moves_ink_as_far_on_either_device(name):
+    page = dots()
+    strengths = Strengths(**{name: {"shear_deg": 6.0, "scale": 0.06}.get(name, STRONG[name])})
+    far = []
+    for pages in (each(page, strengths), together(page, strengths)):
+        squares = (displacements(pages, page) ** 2).sum(axis=2)
+        far.append(np.sqrt(squares.mean()))
+    assert far[0] > 0.15
+    assert far[0] == pytest.approx(far[1], rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["elastic_px", "tremor_px"])
+@pytest.mark.parametrize("augmented", [each, together])
+def test_elastic_moves_reach_their_strength_and_no_more(augmented: Callable, name):
+    page, strength = dots(), 4.0
+    moved = np.abs(displacements(augmented(page, Strengths(**{name: strength})), page))
+    assert 0.75 * strength < moved.max() < strength + 0.3
+    assert abs(moved.mean(axis=(0, 1))).max() < strength / 4
+
+
+def test_the_coarse_move_takes_neighbours_along_and_the_fine_one_does_not():
+    page = dots()
+    together_share = {}
+    for name in ("elastic_px", "tremor_px"):
+        moved = displacements(each(page, Strengths(**{name: 3.0})), page).reshape(COUNT, 5, 6, 2)
+        across = (moved[:, :, 1:] * moved[:, :, :-1]).mean() / (moved**2).mean()
+        together_share[name] = across
+    assert together_share["elastic_px"] > 0.6
+    assert together_share["tremor_px"] < 0.3
+
+
+@pytest.mark.parametrize("augmented", [each, together])
+def test_perspective_shows_one_edge_larger_by_its_strength(augmented: Callable):
+    page = np.zeros((200, 200), np.uint8)
+    page[40:160, [50, 149]] = 255
+    page = cv2.dilate(page, np.ones((3, 3), np.uint8))
+    ratios = []
+    for changed in augmented(page, Strengths(perspective=0.1)):
+        columns = [np.flatnonzero(half.max(axis=1) > 100) for half in np.hsplit(changed, 2)]
+        left, right = (rows[-1] - rows[0] + 1 for rows in columns)
+        ratios.append(left / right)
+    # at half the distance to the edge the factors are 1 +- 0.05
+    assert 1.06 < max(ratios) < 1.13
+    assert 1 / 1.13 < min(ratios) < 1 / 1.06
+    assert abs(np.mean(ratios) - 1) < 0.02
+
+
+@pytest.mark.parametrize("augmented", [each, together])
+def test_a_rotation_turns_either_way_alike(augmented: Callable):
+    page = np.zeros((200, 200), np.uint8)
+    page[99:102, 40:160] = 255
+    turned = augmented(page, Strengths(rotation_deg=5.0)).astype(float)
+    rows = np.arange(200)
+    ends = [turned[:, :, x] @ rows / turned[:, :, x].sum(axis=1) for x in (60, 140)]
+    degrees = np.degrees(np.arctan2(ends[1] - ends[0], 80))
+    assert np.abs(degrees).max() <= 5.1
+    assert np.std(degrees) == pytest.approx(5 / np.sqrt(3), rel=0.15)  # uniform
+    assert abs(np.mean(degrees)) < 0.8
+
+
+@pytest.mark.parametrize(
+    ("name", "measure"),
+    [
+        ("pen_px", ink),
+        ("blur_px", sharpness),
+        ("ink", ink),
+        ("paper", ink),
+        ("noise", lambda pages: deviation(pages[:, :20, :])),
+    ],
+)
+def test_a_strength_changes_grey_levels_as_much_on_either_device(name, measure):
+    page = stripes() // 2 + 40 if name == "noise" else stripes()
+    before = float(measure(page[None])[0])
+    means, spreads = [], []
+    for pages in (each(page, Strengths(**{name: STRONG[name]}), 300),
+                  together(page, Strengths(**{name: STRONG[name]}), 300)):  # fmt: skip
+        change = measure(pages) - before
+        means.append(np.abs(change).mean())
+        spreads.append(change.std())
+    assert means[0] > 0.5
+    assert means[0] == pytest.approx(means[1], rel=0.15)
+    assert spreads[0] == pytest.approx(spreads[1], rel=0.15)
+
+
+def test_strokes_stay_whatever_the_pen():
+    page = stripes()
+    left = ink(each(page, Strengths(pen_px=1.0)))
+    assert left.min() > 0.3 * ink(page[None])[0]
+
+
+def test_blank_pages_are_no_trouble():
+    blank = np.zeros((40, 60), np.uint8)
+    moving = Strengths(**{name: STRONG[name] for name in MOVING})
+    assert not augment_page(blank, moving, np.random.default_rng(0)).any()
