@@ -1,27 +1,62 @@
 """Hydra's door to the search: it must stand here, and be light, for Hydra imports it at each start."""
 
+import copy
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf.errors import OmegaConfBaseException
 
 
-class _ComposedOnce:
-    """Hydra's config loader, but a trial that was composed to be checked is not composed again."""
+class QuickLoader:
+    """Hydra's config loader, which composes from files only what it has not composed before.
+
+    A trial that was composed to be checked is not composed again to be launched, and one that
+    differs from another in plain values alone is that one's config with its own values.
+    """
 
     def __init__(self, loader: ConfigLoader) -> None:
         self.loader = loader
-        self.last: tuple[list[str], DictConfig] | None = None
+        self._last: tuple[list[str], DictConfig] | None = None
+        self._alike: dict[
+            tuple[str, ...], DictConfig
+        ] = {}  # by choices of groups and keys of values
 
     def load_sweep_config(self, master: DictConfig, overrides: list[str]) -> DictConfig:
-        if self.last is not None and self.last[0] == overrides:
-            (_, composed), self.last = self.last, None
+        if self._last is not None and self._last[0] == overrides:
+            (_, composed), self._last = self._last, None
             return composed
-        composed = self.loader.load_sweep_config(master, overrides)
-        self.last = (list(overrides), composed)
+        composed = self._compose(master, overrides)
+        self._last = (list(overrides), composed)
+        return composed
+
+    def _compose(self, master: DictConfig, overrides: list[str]) -> DictConfig:
+        values = {}
+        kind = []
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            key = override.get_key_element()
+            if key in master.hydra.runtime.choices or not key[0].isalpha() or "@" in key:
+                kind.append(str(override.input_line))
+            else:
+                values[key] = override.value()
+                kind.append(key)
+        alike = self._alike.get(tuple(kind))
+        if alike is None:
+            composed = self.loader.load_sweep_config(master, list(overrides))
+            self._alike[tuple(kind)] = copy.deepcopy(composed)
+            return composed
+        composed = copy.deepcopy(alike)
+        try:
+            for key, value in values.items():
+                OmegaConf.update(composed, key, value)
+        except OmegaConfBaseException:  # Hydra says it better
+            return self.loader.load_sweep_config(master, list(overrides))
+        with read_write(composed.hydra):
+            composed.hydra.overrides.task = list(overrides)
         return composed
 
     def __getattr__(self, name: str) -> Any:
@@ -39,7 +74,7 @@ class StudySweeper(Sweeper):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        loader: Any = _ComposedOnce(hydra_context.config_loader)
+        loader: Any = QuickLoader(hydra_context.config_loader)
         hydra_context = HydraContext(config_loader=loader, callbacks=hydra_context.callbacks)
         self.hydra_context = hydra_context
         self.config = config

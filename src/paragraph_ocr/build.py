@@ -126,8 +126,7 @@ def _transformer(
     model: TransformerModel, experiment: Experiment, vocabulary: Vocabulary
 ) -> Recognizer:
     data = experiment.datamodule
-    encoder = build_encoder(model.encoder)
-    encoder.check_canvas(data.height, data.width)
+    encoder = build_encoder(model.encoder, canvas=(data.height, data.width))
     decoder = Decoder(
         num_tokens=len(vocabulary),
         dropout=experiment.regularization.dropout,
@@ -163,22 +162,30 @@ def _special(vocabulary: Vocabulary) -> SpecialTokens:
     return SpecialTokens(vocabulary.start, vocabulary.end, vocabulary.pad)
 
 
-def build_encoder(config: EncoderConfig) -> Encoder:
+def build_encoder(config: EncoderConfig, *, canvas: tuple[int, int]) -> Encoder:
     """Return a new encoder; in a search, whose trials begin alike, a copy of the one built before.
 
     The copy and the random numbers after it are bit for bit those of building anew.
+
+    Raises:
+        UserError: there is no such encoder, or it does not take pages of this height and width.
     """
     state = torch.get_rng_state()
-    pristine, after = _pristine_encoder(json.dumps(asdict(config)), state.numpy().tobytes())
+    described = json.dumps(asdict(config))
+    pristine, after = _pristine_encoder(described, canvas, state.numpy().tobytes())
     torch.set_rng_state(after)
     return copy.deepcopy(pristine)
 
 
 @functools.lru_cache(maxsize=8)
-def _pristine_encoder(config: str, random_state: bytes) -> tuple[Encoder, torch.Tensor]:
+def _pristine_encoder(
+    config: str, canvas: tuple[int, int], random_state: bytes
+) -> tuple[Encoder, torch.Tensor]:
     """Return an encoder that nobody has trained, and the state of torch's generator after it."""
     encoder = Encoder(**json.loads(config))
-    return encoder, torch.get_rng_state()
+    after = torch.get_rng_state()
+    encoder.check_canvas(*canvas)
+    return encoder, after
 
 
 def load_weights(recognizer: Reader, path: Path) -> None:

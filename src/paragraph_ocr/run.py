@@ -238,7 +238,8 @@ def _report(
     if tracked:
         measured = {name: metrics[name] for name in ("minutes", *_sizes(learner))}
         tracked.log_metrics(measured, step=0)
-        tracked.log_readings(pairs, name="readings")
+        if pairs:
+            tracked.log_readings(pairs, name="readings")
         tracked.log_images([sample.image.numpy() for sample in learner.samples], folder="samples")
     console.show_outcome(
         title=name,

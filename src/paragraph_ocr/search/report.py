@@ -137,7 +137,7 @@ class StudyRun:
                 name: {
                     "trial": trial.number,
                     "params": trial.params,
-                    "metrics": trial.user_attrs["metrics"],
+                    "metrics": trial.user_attrs["result"]["metrics"],
                     "confirmed": _confirmed(confirmed.get(name)),
                 }
                 for name, trial in winners.items()
@@ -149,8 +149,10 @@ class StudyRun:
 def _confirmed(trial: FrozenTrial | None) -> dict[str, Any] | None:
     if trial is None:
         return None
+    result = trial.user_attrs.get("result", {})
     told = {"state": verdict(trial), "reported": trial.intermediate_values}
-    return {**told, **{key: trial.user_attrs.get(key) for key in ("metrics", "folder", "reason")}}
+    told |= {key: result.get(key) for key in ("metrics", "folder")}
+    return {**told, "reason": trial.user_attrs.get("reason")}
 
 
 def figures(study: optuna.Study, objective: Sequence[str]) -> dict[str, Figure]:
@@ -215,17 +217,17 @@ def page(study: SharedStudy, objective: Sequence[str]) -> str:
     import plotly.io
     from optuna import visualization as draw
 
-    best = _html_table(study.best(), objective)
+    best = _html_table(sorted(study.best(), key=lambda trial: trial.values), objective)
     parts = [f"<h1>{html.escape(study.name)}</h1><h2>Best</h2>{best}"]
     plots: list[Any] = []
+    if len(objective) in (2, 3):
+        plots.append(draw.plot_pareto_front(study.study, target_names=list(objective)))
     for index, metric in enumerate(objective):
         target = None if len(objective) == 1 else _value(index)
         for plot in _PLOTS.values():
             with contextlib.suppress(ValueError, RuntimeError), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 plots.append(getattr(draw, plot)(study.study, target=target, target_name=metric))
-    if len(objective) in (2, 3):
-        plots.append(draw.plot_pareto_front(study.study, target_names=list(objective)))
     for index, figure in enumerate(plots):
         parts.append(plotly.io.to_html(figure, full_html=False, include_plotlyjs=index == 0))
     body = "\n".join(parts)
@@ -242,8 +244,8 @@ def rows(trials: Sequence[FrozenTrial], objective: Sequence[str]) -> list[dict[s
     listed = []
     for trial in trials:
         values = dict(zip(objective, trial.values or [None] * len(objective), strict=True))
-        metrics = trial.user_attrs.get("metrics", {})
-        seconds = trial.user_attrs.get("seconds")
+        metrics = trial.user_attrs.get("result", {}).get("metrics", {})
+        seconds = trial.user_attrs.get("result", {}).get("seconds")
         listed.append(
             {
                 "trial": trial.number,

@@ -66,7 +66,8 @@ class Work:
 
     def title(self, trial: Trial, params: Mapping[str, Any]) -> str:
         """Return the name of a trial's run, quoted for Hydra."""
-        return _quoted(f"{trial.number:04d} " + ", ".join(self.space.overrides(params)))
+        short = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in params.items()}
+        return _quoted(f"{trial.number:04d} " + ", ".join(self.space.overrides(short)))
 
 
 @dataclass(frozen=True)
@@ -191,10 +192,8 @@ class Search:
                 trial, params, refusal = claimed
                 if refusal is None:
                     batch.append((trial, params))
-                    refused = 0
-                else:
-                    refused += 1
-                    work.study.draw_at_random = refused >= REFUSALS_TO_DRAW_AT_RANDOM
+                refused = 0 if refusal is None else refused + 1
+                work.study.draw_at_random = refused >= REFUSALS_TO_DRAW_AT_RANDOM
             if batch:
                 self._launch(work, batch, began)
                 self._refresh()
@@ -261,11 +260,12 @@ class Search:
             return
         shown: dict[str, Any] = result._return_value
         metrics: dict[str, float] = shown["metrics"]
-        told = {"metrics": metrics, "folder": shown["folder"], "seconds": seconds}
-        told["overhead_seconds"] = seconds - shown["fit_seconds"]
-        told["memory_mib"] = shown["memory_mib"]
-        for key, value in told.items():
-            work.study.set_attribute(trial, key, value)
+        measured = {
+            **{key: shown[key] for key in ("metrics", "folder", "memory_mib")},
+            "seconds": seconds,
+            "overhead_seconds": seconds - shown["fit_seconds"],
+        }
+        work.study.set_attribute(trial, "result", measured)
         if shown["pruned"]:
             work.study.tell(trial, None, pruned=True)
             return
@@ -280,7 +280,7 @@ class Search:
         best = {trial.number for trial in work.study.best()}
         for trial in work.study.trials():
             if trial.state.is_finished() and trial.number not in best:
-                folder = trial.user_attrs.get("folder")
+                folder = trial.user_attrs.get("result", {}).get("folder")
                 for file in Path(folder).glob("*.safetensors") if folder else ():
                     file.unlink(missing_ok=True)
 
@@ -364,18 +364,21 @@ class Search:
                 for trial in self.study.trials()
                 if trial.state == optuna.trial.TrialState.COMPLETE
                 and all(
-                    trial.user_attrs["metrics"].get(metric, float("inf")) <= most
+                    trial.user_attrs["result"]["metrics"].get(metric, float("inf")) <= most
                     for metric, most in rule.where.items()
                 )
             ]
             if fit:
                 found[name] = min(
-                    fit, key=lambda t: (t.user_attrs["metrics"][rule.least], t.values or [])
+                    fit,
+                    key=lambda t: (t.user_attrs["result"]["metrics"][rule.least], t.values or []),
                 )
         return found
 
     def _confirmation(self, winners: Mapping[str, FrozenTrial]) -> Confirmation:
-        name = self.options.study_name + CONFIRMED
+        # other winners, after more trials, are another study
+        numbered = "-".join(str(trial.number) for _, trial in sorted(winners.items()))
+        name = f"{self.options.study_name}{CONFIRMED}-{numbered}"
         numbers = {key: str(trial.number) for key, trial in winners.items()}
         distribution = optuna.distributions.CategoricalDistribution(sorted(winners))
         study = self._open(name, len(winners), {**numbers, "confirm": str(self.options.confirm)})

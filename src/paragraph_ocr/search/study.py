@@ -46,7 +46,7 @@ SECONDS_TO_LOST = 30.0
 """A trial of another machine whose lease stood still for so long is lost."""
 
 CONFIRMED = ".confirmed"
-"""Ending of the study, in the same storage, that trains the winners of a search again."""
+"""In the name of the study, in the same storage, that trains the winners of a search again."""
 
 
 def open_storage(url: str) -> BaseStorage:
@@ -78,7 +78,8 @@ def storage_url(outputs: Path, name: str, configured: str | None) -> str:
     """Return where a study is kept: a journal in its folder, unless configured otherwise."""
     if configured is not None:
         return configured
-    return f"journal:///{study_folder(outputs, name.removesuffix(CONFIRMED)).resolve()}/journal.log"
+    searched = name.partition(CONFIRMED)[0]
+    return f"journal:///{study_folder(outputs, searched).resolve()}/journal.log"
 
 
 class _FileLock:

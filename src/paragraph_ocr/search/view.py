@@ -136,7 +136,7 @@ class LiveView:
         screen = console.another()
         for name, trial in winners.items():
             params = ", ".join(f"{key}={_short(value)}" for key, value in trial.params.items())
-            metrics = trial.user_attrs["metrics"]
+            metrics = trial.user_attrs["result"]["metrics"]
             told = ", ".join(f"{key} {_short(value)}" for key, value in metrics.items())
             screen.print(Text(f"{name}: trial {trial.number}: {params}", style="bold"))
             screen.print(Text(f"  {told}"))
@@ -144,7 +144,7 @@ class LiveView:
             if again is None:
                 continue
             steps = ", ".join(f"{k}: {_short(v)}" for k, v in again.intermediate_values.items())
-            after = again.user_attrs.get("metrics", {})
+            after = again.user_attrs.get("result", {}).get("metrics", {})
             told = ", ".join(f"{key} {_short(value)}" for key, value in after.items())
             screen.print(Text(f"  confirmed ({verdict(again)}): {told}\n  reported {steps}"))
 
