@@ -264,6 +264,8 @@ def test_each_kind_of_bad_trial_is_told_apart_and_the_search_goes_on(conf, tmp_p
         "memory": "failed",
         "pruned": "pruned",
     }
+    pruned = f"trial {found['pruned'].number:4d}  pruned      experiment=pruned"
+    assert pruned in done.stdout, "what the pruner saw is no value of the objective"
     reasons = {name: trial.user_attrs.get("reason", "") for name, trial in found.items()}
     assert "model.encoder.name=vit_small_resnet26d_224" in reasons["raises"]
     assert "FloatingPointError: train/loss is" in reasons["not_a_number"]

@@ -17,7 +17,7 @@ import optuna
 from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 
-from paragraph_ocr.search.study import SharedStudy, verdict
+from paragraph_ocr.search.study import SharedStudy, objective_values, verdict
 from paragraph_ocr.tracking import PARENT_VARIABLE, SharedRun
 
 matplotlib.use("Agg")  # no screen
@@ -243,7 +243,9 @@ def rows(trials: Sequence[FrozenTrial], objective: Sequence[str]) -> list[dict[s
     """Return a row of plain values for each trial: number, state, objectives, parameters, reason."""
     listed = []
     for trial in trials:
-        values = dict(zip(objective, trial.values or [None] * len(objective), strict=True))
+        values = dict.fromkeys(objective) | dict(
+            zip(objective, objective_values(trial), strict=False)
+        )
         metrics = trial.user_attrs.get("result", {}).get("metrics", {})
         seconds = trial.user_attrs.get("result", {}).get("seconds")
         listed.append(

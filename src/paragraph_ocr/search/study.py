@@ -32,7 +32,7 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from paragraph_ocr.errors import UserError
 
@@ -60,13 +60,22 @@ def open_storage(url: str) -> BaseStorage:
             path = Path(url.removeprefix("journal:///"))
             path.parent.mkdir(parents=True, exist_ok=True)
             return JournalStorage(JournalFileBackend(str(path), lock_obj=_FileLock(path)))  # type: ignore[arg-type]
-        return optuna.storages.RDBStorage(url)
+        return _open_database(url)
     except (OSError, ImportError, ValueError, SQLAlchemyError, StorageInternalError) as error:
         first = str(error).splitlines()[0].rstrip(".")
         raise UserError(
             f"hydra.sweeper.storage={url} cannot be opened: {first}. "
             "Pass journal:///<file>, or an SQLAlchemy URL."
         ) from error
+
+
+def _open_database(url: str) -> BaseStorage:
+    """Return Optuna's storage in a database; of several that make its tables at once, all but one fail."""
+    for _ in range(5):
+        with contextlib.suppress(DBAPIError):
+            return optuna.storages.RDBStorage(url)
+        time.sleep(1)
+    return optuna.storages.RDBStorage(url)
 
 
 def study_folder(outputs: Path, name: str) -> Path:
@@ -122,6 +131,11 @@ def verdict(trial: FrozenTrial) -> str:
 
 def counts(trial: FrozenTrial) -> bool:
     return verdict(trial) in ("complete", "pruned", "failed")
+
+
+def objective_values(trial: FrozenTrial) -> list[float]:
+    """Return the objectives of a complete trial; Optuna gives a pruned one's last report as its value."""
+    return list(trial.values) if trial.state == TrialState.COMPLETE else []
 
 
 class _SeededByNumber(BaseSampler):

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from paragraph_ocr import console
-from paragraph_ocr.search.study import SharedStudy, counts, verdict
+from paragraph_ocr.search.study import SharedStudy, counts, objective_values, verdict
 
 NUM_LAST = 8
 
@@ -107,7 +107,7 @@ class LiveView:
         for column in ("trial", "state", *self.objective, *labels):
             table.add_column(column, overflow="fold")
         for trial in trials:
-            values = trial.values or [None] * len(self.objective)
+            values: list[float | None] = [*objective_values(trial)] or [None] * len(self.objective)
             table.add_row(
                 str(trial.number),
                 _coloured(verdict(trial)),
@@ -119,7 +119,7 @@ class LiveView:
     def _line(self, trial: FrozenTrial) -> str:
         values = "".join(
             f"  {name} {value:.4g}"
-            for name, value in zip(self.objective, trial.values or [], strict=False)
+            for name, value in zip(self.objective, objective_values(trial), strict=False)
         )
         reason = f"  {trial.user_attrs['reason']}" if "reason" in trial.user_attrs else ""
         params = ", ".join(f"{key}={_short(value)}" for key, value in trial.params.items())
