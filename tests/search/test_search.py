@@ -171,7 +171,8 @@ def test_a_search_killed_again_and_again_reaches_its_total_exactly(conf, tmp_pat
 @pytest.mark.timeout(3600)
 def test_twenty_kills_of_sixty_trials(conf, tmp_path):
     outputs = tmp_path / "outputs"
-    killed = kill_and_go_on(conf, outputs, total=60, kills=20, seconds=(4, 10))
+    longer = ["trainer.max_epochs=40"]  # a second each, or they are done before the last kill
+    killed = kill_and_go_on(conf, outputs, total=60, kills=20, seconds=(4, 9), arguments=longer)
     lost = check_whole(outputs, total=60)
     print(f"{killed} kills, {lost} trials lost and run again, {len(trials(outputs))} trials in all")  # noqa: T201
     assert killed == 20
