@@ -152,7 +152,7 @@ class Search:
             Stopped: too many trials failed in a row.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        # here and once, not by each process for itself
+        # before the helpers start, which then find it there
         with console.progress("prepare") as progress:
             workers = len(os.sched_getaffinity(0))
             self.corpus.prepare(self.outputs / "data", num_workers=workers, progress=progress)
