@@ -20,6 +20,7 @@ import mlflow
 import numpy as np
 from mlflow.entities import Metric, Param, RunStatus
 from mlflow.exceptions import MlflowException
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from pytorch_lightning.loggers import Logger
@@ -37,11 +38,16 @@ SECONDS_BETWEEN_WRITES = 3.0
 
 DEFAULT_EXPERIMENT = "paragraph_ocr"
 
+DATABASE = "mlflow.db"
+
 
 def database_uri(outputs: Path, uri: str | None = None) -> str:
     """Return where runs are kept: `uri`, else MLFLOW_TRACKING_URI, else a SQLite file in outputs."""
-    chosen = uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return chosen or f"sqlite:///{outputs.resolve() / 'mlflow.db'}"
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or _sqlite(outputs / DATABASE)
+
+
+def _sqlite(path: Path) -> str:
+    return f"sqlite:///{path.resolve()}"
 
 
 def open_experiment(
@@ -52,8 +58,11 @@ def open_experiment(
     One process at a time: several that create a fresh SQLite file together crash.
     """
     outputs.mkdir(parents=True, exist_ok=True)
+    database = outputs / DATABASE
     with (outputs / "mlflow.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if database_uri(outputs, uri) == _sqlite(database) and not database.exists():
+            _make_database(database, artifacts=outputs / "artifacts")
         client = mlflow.MlflowClient(database_uri(outputs, uri))
         existing = client.get_experiment_by_name(name)
         if existing is not None:
@@ -67,6 +76,15 @@ def open_experiment(
             if existing is None:
                 raise
             return client, existing.experiment_id
+
+
+def _make_database(path: Path, *, artifacts: Path) -> None:
+    """Make MLflow's tables in a file aside and rename it: a torn set of tables is never mended."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.unlink(missing_ok=True)
+    store = SqlAlchemyStore(_sqlite(aside), artifacts.resolve().as_uri())
+    store.engine.dispose()
+    aside.replace(path)
 
 
 class TrackedRun:
