@@ -28,17 +28,17 @@ NEEDED = {
 """What a choice needs of its user."""
 
 
-def build_model(*overrides):
-    from paragraph_ocr import build
+def built_model(*overrides):
+    from paragraph_ocr import build, build_model
 
     experiment = validate(compose(list(overrides)))
     vocabulary = build.build_vocabulary(experiment)
-    return experiment, build.build_recognizer(experiment, vocabulary), vocabulary
+    return experiment, build_model.build_recognizer(experiment, vocabulary), vocabulary
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_builds_at_the_size_it_promises(name):
-    _, recognizer, _ = build_model(f"model={name}", *NEEDED.get(f"model={name}", []))
+    _, recognizer, _ = built_model(f"model={name}", *NEEDED.get(f"model={name}", []))
     millions = sum(parameter.numel() for parameter in recognizer.parameters()) / 1e6
     low, high = SIZES.get(name, (16, 100))
     assert low <= millions <= high
@@ -70,7 +70,7 @@ def test_every_encoder_goes_with_every_decoder(encoder, decoder):
 def test_every_choice_builds_all_parts(override, tmp_path):
     from paragraph_ocr import build
 
-    experiment, recognizer, vocabulary = build_model(
+    experiment, recognizer, vocabulary = built_model(
         "model=tiny", override, *NEEDED.get(override, []), f"outputs={tmp_path}"
     )
     learner = build.build_learner(experiment, recognizer, vocabulary)
@@ -250,8 +250,8 @@ def test_lines_in_fonts_train_a_line_cnn_that_comes_back_from_its_run(run_experi
 
 def test_ctc_with_too_few_windows_is_refused():
     with pytest.raises(UserError, match="Pass model.window_stride_px=14"):
-        build_model("model=line_cnn", "model.loss=ctc", "datamodule=synthetic_lines")
-    build_model(
+        built_model("model=line_cnn", "model.loss=ctc", "datamodule=synthetic_lines")
+    built_model(
         "model=line_cnn",
         "model.loss=ctc",
         "datamodule=synthetic_lines",

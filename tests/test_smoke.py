@@ -63,21 +63,21 @@ def check_that_images_alone_decide_the_reading(outputs: Path) -> None:
     """Exchanged pages must exchange the readings, and a blank page must not give any of them."""
     import torch
 
-    from paragraph_ocr import build
+    from paragraph_ocr import build, build_model
     from paragraph_ocr.validation import compose, validate
 
     folder = min((outputs / "runs").iterdir())  # the first run, by time
     overrides = [*readme_command()[2:], f"outputs={outputs}", f"model.weights={folder}"]
     experiment = validate(compose(overrides))
     vocabulary = build.build_vocabulary(experiment)
-    recognizer = build.build_recognizer(experiment, vocabulary).eval()
+    recognizer = build_model.build_recognizer(experiment, vocabulary).eval()
     datamodule = build.build_datamodule(experiment, vocabulary)
     datamodule.setup()
     batch = next(iter(datamodule.val_dataloader()))
 
     def read(images: torch.Tensor) -> list[str]:
         readings = recognizer.read(
-            images, decoding=build.build_decoding(experiment), max_length=256
+            images, decoding=build_model.build_decoding(experiment), max_length=256
         )
         return [vocabulary.decode(reading.tokens) for reading in readings]
 

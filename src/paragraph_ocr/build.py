@@ -1,10 +1,6 @@
 """From an experiment to its parts: the only place that knows both config and objects."""
 
-import copy
-import functools
-import json
 import os
-import unicodedata
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -18,26 +14,22 @@ from jaxtyping import UInt8
 from pytorch_lightning.callbacks import Callback, EarlyStopping
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from paragraph_ocr.batch import Batch
+from paragraph_ocr.build_model import build_decoding, vocabulary_from
 from paragraph_ocr.config import (
     DataConfig,
     EmnistData,
     EmnistLinesData,
-    EncoderConfig,
     Experiment,
     FolderData,
     GeneratedData,
     IamLinesData,
     IamParagraphsData,
     IamStackedData,
-    LineCnnModel,
     RenderedData,
     TrainerConfig,
-    TransformerModel,
 )
 from paragraph_ocr.data.augment import Augment, Strengths
 from paragraph_ocr.data.augment_page import augment_page
@@ -53,12 +45,7 @@ from paragraph_ocr.data.synthetic import SyntheticCorpus
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.learning.learner import Learner
 from paragraph_ocr.learning.optim import build_optimizer, build_schedule
-from paragraph_ocr.model.decoder import Decoder
-from paragraph_ocr.model.encoder import Encoder
-from paragraph_ocr.model.generate import Beam, Greedy, SpecialTokens
-from paragraph_ocr.model.line_cnn import LineCnn
 from paragraph_ocr.model.reader import Reader
-from paragraph_ocr.model.recognizer import Recognizer
 from paragraph_ocr.vocabulary import Vocabulary, found_characters
 
 EPOCHS = 20
@@ -90,130 +77,7 @@ def build_vocabulary(
         texts = [store.texts[row] for row in store.rows("train")]
         texts += [config.replacement] if config.unknown == "replace" else []
         config.characters = found_characters(texts, fold=config.fold)
-    config.characters = unicodedata.normalize("NFC", config.characters)
-    try:
-        return Vocabulary(
-            config.characters,
-            fold=config.fold,
-            unknown=config.unknown,
-            replacement=config.replacement,
-        )
-    except ValueError as error:
-        raise UserError(
-            f"vocabulary.characters={config.characters!r}: {error}. Pass each character once."
-        ) from error
-
-
-def build_recognizer(experiment: Experiment, vocabulary: Vocabulary) -> Reader:
-    """Return the model, with `model.weights` loaded if given.
-
-    Raises:
-        UserError: the encoder cannot be had, or the weights belong to another model.
-    """
-    match experiment.model:
-        case TransformerModel() as model:
-            recognizer: Reader = _transformer(model, experiment, vocabulary)
-        case LineCnnModel() as model:
-            recognizer = _line_cnn(model, experiment, vocabulary)
-        case other:
-            raise ValueError(f"no model for {type(other).__name__}")
-    if experiment.model.weights is not None:
-        load_weights(recognizer, Path(experiment.model.weights))
-    return recognizer
-
-
-def _transformer(
-    model: TransformerModel, experiment: Experiment, vocabulary: Vocabulary
-) -> Recognizer:
-    data = experiment.datamodule
-    encoder = build_encoder(model.encoder, canvas=(data.height, data.width))
-    decoder = Decoder(
-        num_tokens=len(vocabulary),
-        dropout=experiment.regularization.dropout,
-        max_length=data.max_length,
-        **asdict(model.decoder),
-    )
-    return Recognizer(encoder, decoder, special=_special(vocabulary))
-
-
-def _line_cnn(model: LineCnnModel, experiment: Experiment, vocabulary: Vocabulary) -> LineCnn:
-    data, fields = experiment.datamodule, asdict(model)
-    fields.pop("weights")
-    line_cnn = LineCnn(
-        **fields,
-        num_tokens=len(vocabulary),
-        height=data.height,
-        dropout=experiment.regularization.dropout,
-        special=_special(vocabulary),
-        blank=vocabulary.blank,
-    )
-    # between two equal characters CTC needs a window for the blank
-    windows, needed = line_cnn.num_windows(data.width), 2 * (data.max_length - 2) - 1
-    if model.loss == "ctc" and windows < needed:
-        raise UserError(
-            f"model.window_stride_px={model.window_stride_px} gives {windows} windows, and CTC needs "
-            f"{needed} for datamodule.max_length={data.max_length}. "
-            f"Pass model.window_stride_px={max(2, data.width // (needed + 1) // 2 * 2)}."
-        )
-    return line_cnn
-
-
-def _special(vocabulary: Vocabulary) -> SpecialTokens:
-    return SpecialTokens(vocabulary.start, vocabulary.end, vocabulary.pad)
-
-
-def build_encoder(config: EncoderConfig, *, canvas: tuple[int, int]) -> Encoder:
-    """Return a new encoder; in a search, whose trials begin alike, a copy of the one built before.
-
-    The copy and the random numbers after it are bit for bit those of building anew.
-
-    Raises:
-        UserError: there is no such encoder, or it does not take pages of this height and width.
-    """
-    state = torch.get_rng_state()
-    described = json.dumps(asdict(config))
-    pristine, after = _pristine_encoder(described, canvas, state.numpy().tobytes())
-    torch.set_rng_state(after)
-    return copy.deepcopy(pristine)
-
-
-@functools.lru_cache(maxsize=8)
-def _pristine_encoder(
-    config: str, canvas: tuple[int, int], random_state: bytes
-) -> tuple[Encoder, torch.Tensor]:
-    """Return an encoder that nobody has trained, and the state of torch's generator after it."""
-    encoder = Encoder(**json.loads(config))
-    after = torch.get_rng_state()
-    encoder.check_canvas(*canvas)
-    return encoder, after
-
-
-def load_weights(recognizer: Reader, path: Path) -> None:
-    """Load a .safetensors file, or the best weights of a run folder.
-
-    Raises:
-        UserError: the file is no safetensors file, or of another model.
-    """
-    file = path / "best.safetensors" if path.is_dir() else path
-    remedy = "Pass the model's own overrides with it, or another file."
-    try:
-        recognizer.load_state_dict(load_file(file))
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"model.weights={path} cannot be read: {error}. Pass a run folder or a .safetensors file."
-        ) from error
-    except RuntimeError as error:  # missing, unexpected or misshapen tensors, one a line
-        first = str(error).splitlines()[1].strip()
-        raise UserError(
-            f"model.weights={path} belongs to another model: {first} {remedy}"
-        ) from error
-
-
-def build_decoding(experiment: Experiment) -> Greedy | Beam:
-    decoding = experiment.decoding
-    if decoding.name == "beam":
-        return Beam(width=decoding.beam_width, length_penalty=decoding.length_penalty)
-    return Greedy()
+    return vocabulary_from(config)
 
 
 def build_augment(experiment: Experiment) -> Augment:

@@ -15,9 +15,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import yaml
 
-from paragraph_ocr import build, console
+from paragraph_ocr import build, build_model, console
 from paragraph_ocr.config import Experiment
 from paragraph_ocr.learning.callbacks import (
     KeepWeights,
@@ -27,6 +26,7 @@ from paragraph_ocr.learning.callbacks import (
     Watch,
 )
 from paragraph_ocr.learning.learner import Learner
+from paragraph_ocr.stored import CONFIG, write_config
 from paragraph_ocr.tracking import PARENT_VARIABLE, TrackedRun, database_uri
 
 FOLDER_VARIABLE = "PARAGRAPH_OCR_RUN_FOLDER"
@@ -79,7 +79,7 @@ def run(
     name = experiment.name or run_name(overrides)
     try:
         vocabulary = build.build_vocabulary(experiment)
-        recognizer = build.build_recognizer(experiment, vocabulary)
+        recognizer = build_model.build_recognizer(experiment, vocabulary)
         learner = build.build_learner(experiment, recognizer, vocabulary)
     except Exception:
         # a person's mistake leaves nothing behind; a trial that cannot be built is a result
@@ -91,9 +91,7 @@ def run(
     if first:
         folder = make_folder(parent_folder or outputs / "runs", stem or folder_name(name))
         os.environ[FOLDER_VARIABLE] = str(folder)
-        (folder / "config.yaml").write_text(
-            yaml.safe_dump(asdict(experiment), sort_keys=False, allow_unicode=True)
-        )
+        write_config(experiment, folder)
         tracked = _track(
             experiment, outputs, name=name, tags={"folder": str(folder), **(tags or {})}
         )
@@ -101,7 +99,7 @@ def run(
         folder, tracked = Path(os.environ[FOLDER_VARIABLE]), None
     with _termination_as_interrupt(), tracked.ending() if tracked else nullcontext():
         if tracked:
-            tracked.log_file(folder / "config.yaml")
+            tracked.log_file(folder / CONFIG)
         with console.progress("prepare") as progress:
             datamodule = build.build_datamodule(experiment, vocabulary, progress=progress)
             datamodule.prepare_data()
@@ -127,7 +125,7 @@ def run(
         trainer.strategy.barrier()  # until the first process has written the weights
         tests = bool(limits.limit_test_batches) and not trainer.fast_dev_run and not pruned
         if tests and keep.best_path.exists():
-            build.load_weights(recognizer, keep.best_path)
+            build_model.load_weights(recognizer, keep.best_path)
             trainer.test(learner, datamodule=datamodule, verbose=False)
             metrics |= _metrics(trainer)
         fit_seconds = time.perf_counter() - fit_began

@@ -9,7 +9,7 @@ def first_step(accumulate, batch_size, tmp_path):
     """Return by how much the optimizer's first step moves each weight, on the same 4 paragraphs."""
     import pytorch_lightning as pl
 
-    from paragraph_ocr import build
+    from paragraph_ocr import build, build_model
 
     overrides = [
         "model=tiny",
@@ -30,7 +30,7 @@ def first_step(accumulate, batch_size, tmp_path):
     experiment = validate(compose(overrides))
     pl.seed_everything(0, verbose=False)
     vocabulary = build.build_vocabulary(experiment)
-    recognizer = build.build_recognizer(experiment, vocabulary)
+    recognizer = build_model.build_recognizer(experiment, vocabulary)
     learner = build.build_learner(experiment, recognizer, vocabulary)
     before = {name: tensor.clone() for name, tensor in recognizer.state_dict().items()}
     trainer = build.build_trainer(experiment, folder=tmp_path, logger=None, callbacks=[])

@@ -6,7 +6,7 @@ import torch
 from paragraph_ocr.model.decoder import Decoder
 from paragraph_ocr.model.encoder import Encoder
 from paragraph_ocr.model.generate import SpecialTokens
-from paragraph_ocr.model.recognizer import Recognizer
+from paragraph_ocr.model.transformer import TransformerReader
 
 SPECIAL = SpecialTokens(start=1, end=2, pad=3)
 
@@ -29,7 +29,7 @@ def make_recognizer():
             tied=tied,
             max_length=64,
         )
-        recognizer = Recognizer(encoder, decoder, special=SPECIAL).eval()
+        recognizer = TransformerReader(encoder, decoder, special=SPECIAL).eval()
         # large weights, so that what is written depends on the page and rows end raggedly
         for parameter in decoder.layers.parameters():
             if parameter.ndim == 2:

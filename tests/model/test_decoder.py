@@ -8,7 +8,7 @@ from paragraph_ocr.model.decoder import Decoder
 from paragraph_ocr.model.encoder import Encoder
 from paragraph_ocr.model.generate import SpecialTokens
 from paragraph_ocr.model.positions import sine_code
-from paragraph_ocr.model.recognizer import Recognizer
+from paragraph_ocr.model.transformer import TransformerReader
 
 
 def make_decoder(norm, *, depth=2, width=32, heads=4, feed_forward=48, num_tokens=20):
@@ -78,7 +78,7 @@ def test_model_reference_is_the_published_network_shape_for_shape():
 
     decoder = make_decoder("post", depth=4, width=256, heads=4, feed_forward=1024, num_tokens=84)
     encoder = Encoder("resnet18", stage=4, in_channels=3)
-    ours = Recognizer(encoder, decoder, special=SpecialTokens(1, 2, 3)).eval()
+    ours = TransformerReader(encoder, decoder, special=SpecialTokens(1, 2, 3)).eval()
     assert round(sum(p.numel() for p in ours.parameters()) / 1e6, 2) == 15.56
 
     resnet = torchvision.models.resnet18(weights=None).eval()

@@ -18,7 +18,8 @@ import torch
 import yaml
 from quick_search import command, environment, runs, search
 
-from paragraph_ocr.build import build_recognizer, build_vocabulary, load_weights
+from paragraph_ocr.build import build_vocabulary
+from paragraph_ocr.build_model import build_recognizer, load_weights
 from paragraph_ocr.search.study import counts, open_storage, verdict
 from paragraph_ocr.validation import CONF, compose, validate
 

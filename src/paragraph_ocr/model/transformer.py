@@ -25,7 +25,7 @@ class Memory:
     """Rows and columns of cells."""
 
 
-class Recognizer(Reader):
+class TransformerReader(Reader):
     """Encoder, projection to the decoder's width, 2-D positions, decoder."""
 
     def __init__(self, encoder: Encoder, decoder: Decoder, *, special: SpecialTokens) -> None:
