@@ -112,7 +112,7 @@ def test_a_run_leaves_its_config_and_its_story_in_mlflow(run_experiment, tmp_pat
     outcome = run_experiment("model=tiny", "debug=ci")
     stored = yaml.safe_load((outcome.folder / "config.yaml").read_text())
     assert stored["model"]["encoder"]["name"] == "test_resnet"
-    assert set(stored) == set(Experiment.__dataclass_fields__)
+    assert set(stored) == {"schema", *Experiment.__dataclass_fields__}
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         assert database.execute("select status from runs").fetchall() == [("FINISHED",)]
         metrics = {key for (key,) in database.execute("select distinct key from metrics")}
