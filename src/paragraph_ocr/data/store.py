@@ -9,7 +9,9 @@
 A file is written aside and renamed when whole, and never changes afterwards.
 """
 
+import hashlib
 import io
+import json
 import os
 import time
 import zlib
@@ -260,6 +262,11 @@ class Store:
     def rows(self, split: str) -> list[int]:
         """Return the rows of a split, in the order of the store."""
         return [row for row, found in enumerate(self.splits) if found == split]
+
+    def digest(self) -> str:
+        """Return a hash of its columns: equal for the same paragraphs in the same order."""
+        columns = (self.texts, self.splits, self.sources, self.canvases, self.sizes.tolist())
+        return hashlib.sha256(json.dumps(columns).encode()).hexdigest()[:32]
 
     def canvas(self, row: int) -> tuple[int, int]:
         """Return height and width in pixels of the row's image as stored, padding included."""
