@@ -1,49 +1,78 @@
 """Trainings in child processes that are killed, from a parent that has imported everything once."""
 
+import contextlib
+import importlib.util
 import json
 import os
 import random
 import signal
 import sqlite3
+import sys
 import time
 import traceback
 from pathlib import Path
 
 import torch
-from paragraph_ocr.errors import Stopped, UserError
-from paragraph_ocr.validation import compose, validate
 from safetensors.torch import load_file
 
+ROOT = Path(__file__).parents[1]
 TIMINGS = ("images_per_second", "minutes", "gpu_memory_gib", "system/")
 
 
-def start(typed):
-    """Fork a child that runs what `python train.py` with these words would, and return its pid."""
-    import paragraph_ocr.run as running  # before the fork, and once
+def command():
+    """Return train.py as a module, with all that it imports in the course of a run."""
+    if "train_command" not in sys.modules:
+        import paragraph_ocr.run  # noqa: F401  (before the fork, and once)
 
+        specification = importlib.util.spec_from_file_location("train_command", ROOT / "train.py")
+        module = importlib.util.module_from_spec(specification)
+        sys.modules["train_command"] = module
+        specification.loader.exec_module(module)
+    return sys.modules["train_command"]
+
+
+def start(typed, *, said=os.devnull, inject=None):
+    """Fork a child that runs `python train.py` with these words, and return its pid.
+
+    Args:
+        said: file for standard output and error.
+        inject: called in the child before; a fault from outside, such as a number that is none.
+    """
+    train = command()
+    output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     pid = os.fork()
     if pid:
+        os.close(output)
         return pid
     status = 70
     try:
         torch.set_num_threads(1)
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        running.run(validate(compose(typed)), overrides=typed)
-        status = 0
-    except UserError:
-        status = 2
-    except (Stopped, KeyboardInterrupt, SystemExit):  # Lightning makes the third of the second
-        status = 1
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
+        sys.argv = ["train.py", *typed]
+        if inject is not None:
+            inject()
+        status = train.main()
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else 1
     except BaseException:
         traceback.print_exc()
+        status = 71  # what Python would make 1 of, with its traceback
     finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
 
 
-def run(typed):
+def run(typed, **how):
     """Run to the end and return the exit status."""
-    return os.waitstatus_to_exitcode(os.waitpid(start(typed), 0)[1])
+    return collect(start(typed, **how))
+
+
+def collect(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def kill_until_done(typed, outputs, *, kills, number=signal.SIGKILL, dice=None):
@@ -67,7 +96,7 @@ def kill_until_done(typed, outputs, *, kills, number=signal.SIGKILL, dice=None):
         else:
             wait(pid, 240)
         if has_ended(pid):
-            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            status = collect(pid)
             assert status == 0, status
             return struck
         os.kill(pid, number)
@@ -97,6 +126,15 @@ def until_further_checkpoints(pid, outputs, count, *, seconds=120):
         time.sleep(0.002)
 
 
+def until(pid, seen, *, seconds=120):
+    """Wait until something is seen, while the child is at work."""
+    deadline = time.monotonic() + seconds
+    while not seen():
+        assert not has_ended(pid), "it ended before"
+        assert time.monotonic() < deadline, "it was not seen"
+        time.sleep(0.002)
+
+
 def has_ended(pid):
     """Return whether the child has ended; it is left to be collected."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
@@ -109,9 +147,19 @@ def wait(pid, seconds):
         time.sleep(0.002)
 
 
+def folder_of(outputs):
+    """Return the one run folder."""
+    (folder,) = (path.parent for path in (outputs / "runs").glob("*/config.yaml"))
+    return folder
+
+
+def story(outputs):
+    return json.loads((folder_of(outputs) / "run.json").read_text())
+
+
 def result(outputs):
     """Return weights, training state and metrics of the one run below a folder, to be compared."""
-    (folder,) = (path.parent for path in (outputs / "runs").glob("*/config.yaml"))
+    folder = folder_of(outputs)
     last = sorted((folder / "checkpoints").glob("step_*"))[-1]
     state = torch.load(last / "state.pt", weights_only=True)
     files = {
@@ -127,16 +175,17 @@ def result(outputs):
         "step": last.name,
         "optimizer": state["optimizer_states"],
         "schedule": state["lr_schedulers"],
-        "random": state["between"]["random"],
+        # without Python's own generator: beartype, which checks types in tests, draws from it
+        "random": [{**s, "python": None} for s in state["between"]["random"]],
         "metrics": metrics(outputs / "mlflow.db"),
-        "status": json.loads((folder / "run.json").read_text())["status"],
+        "status": story(outputs)["status"],
     }
 
 
 def metrics(database):
     """Return {(metric, step): value} of the one run, timings left out; repeats must be identical."""
+    assert statuses(database) == ["FINISHED"]
     with sqlite3.connect(database) as connection:
-        assert connection.execute("select status from runs").fetchall() == [("FINISHED",)]
         rows = connection.execute("select key, step, value, is_nan from metrics").fetchall()
     found = {}
     for key, step, value, is_nan in rows:
@@ -145,6 +194,13 @@ def metrics(database):
         value = None if is_nan else value
         assert found.setdefault((key, step), value) == value, (key, step)
     return found
+
+
+def statuses(database):
+    """Return the status of each run in an MLflow database, in the order in which they began."""
+    with sqlite3.connect(database) as connection:
+        rows = connection.execute("select status from runs order by start_time").fetchall()
+    return [status for (status,) in rows]
 
 
 def same(one, other):
@@ -164,7 +220,3 @@ def assert_same(one, other):
             different = {k for k in one[key] | other[key] if one[key].get(k) != other[key].get(k)}
             raise AssertionError(f"metrics differ: {sorted(different)[:20]}")
         assert same(one[key], other[key]), f"{key} differs"
-
-
-def outputs_of(folder: Path, typed):
-    return [*typed, f"outputs={folder}"]

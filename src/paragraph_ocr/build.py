@@ -1,7 +1,7 @@
 """From an experiment to its parts: the only place that knows both config and objects."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -238,7 +238,7 @@ def build_trainer(
     folder: Path,
     logger: Logger | None,
     callbacks: list[Callback],
-    plugins: list[Any],
+    plugins: Sequence[Any] = (),
 ) -> pl.Trainer:
     """Return Lightning's Trainer; `overfit_batches` is the data module's matter."""
     config, overfit = experiment.trainer, bool(experiment.trainer.overfit_batches)
@@ -275,7 +275,7 @@ def build_trainer(
             gradient_clip_val=experiment.regularization.gradient_clip or None,
             logger=logger or False,
             callbacks=callbacks,
-            plugins=plugins,
+            plugins=list(plugins),
             default_root_dir=folder,
             enable_checkpointing=False,
             enable_model_summary=False,

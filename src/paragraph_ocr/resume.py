@@ -175,8 +175,9 @@ def held(folder: Path) -> Iterator[None]:
     """
     with (folder / _LOCK).open("a") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            # this lock dies with the process; one by flock() would live on in its loader's workers
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
             raise UserError(
                 f"resume={folder}: another process is working on this run. Wait for it, or stop it first."
             ) from error
