@@ -29,13 +29,25 @@ def explain_end(error: Exception, experiment: Experiment, folder: Path) -> Stopp
             f"A worker that loads data died ({first}). If the host ran out of memory, pass "
             f"datamodule.num_workers={data.num_workers // 2}."
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if "No space left" in str(error) or (
+        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    ):
         return Stopped(f"The disk of {folder} is full. Make room there.")
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return Stopped(f"{folder} cannot be written to: {error.strerror}. Give it back its rights.")
     if (isinstance(error, OSError) and "HDF5" in first) or "h5py" in first:
         return Stopped(f"The data went away while it was read ({first}). Bring the file back.")
     return None
+
+
+def _reads_hdf5(error: BaseException) -> bool:
+    """Return whether the error was raised within the library that reads the stores."""
+    frame = error.__traceback__
+    names = []
+    while frame is not None:
+        names.append(frame.tb_frame.f_globals.get("__name__", ""))
+        frame = frame.tb_next
+    return any(name.startswith("h5py") for name in names) or "h5py" in str(error)
 
 
 def _wants_memory(text: str) -> bool:

@@ -173,7 +173,14 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process works on it.
     """
-    with (folder / _LOCK).open("a") as lock:
+    try:
+        lock = (folder / _LOCK).open("a")
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written to: {error.strerror}. Give it back its rights, or copy it to "
+            "where you may write."
+        ) from error
+    with lock:
         try:
             # this lock dies with the process; one by flock() would live on in its loader's workers
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

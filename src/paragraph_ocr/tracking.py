@@ -252,8 +252,11 @@ class _Sender:
                     f"logs waits in {self._outbox}."
                 )
                 self._wait()
-        with self._outbox.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([what, content]) + "\n")
+        try:
+            with self._outbox.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([what, content]) + "\n")
+        except OSError as error:
+            console.warn(f"{self._outbox} cannot keep it either ({error.strerror}): it is lost.")
 
     def send_waiting(self) -> None:
         """Send what waits, in its order, until MLflow fails again."""

@@ -24,7 +24,7 @@ import h5py
 import numpy as np
 
 from paragraph_ocr.data.paragraph import SPLITS, Paragraph
-from paragraph_ocr.errors import UserError
+from paragraph_ocr.errors import Stopped, UserError
 
 FORMAT = "paragraph_ocr store"
 VERSION = 1
@@ -273,13 +273,23 @@ class Store:
         return self.canvases[self._canvas_of[row]]
 
     def image(self, row: int) -> np.ndarray:
-        """Return the row's whole canvas, uint8 (H, W): 0 is paper, 255 is ink."""
+        """Return the row's whole canvas, uint8 (H, W): 0 is paper, 255 is ink.
+
+        Raises:
+            Stopped: the file went away or bad since it was opened.
+        """
         if self._owner != os.getpid():
             # a handle carried over a fork shares its state with the parent: forget it
             file = self._open()
             self._images = [_column(file, f"images/{h}x{w}") for h, w in self.canvases]
             self._owner = os.getpid()
-        return self._images[self._canvas_of[row]][self._places[row]]
+        try:
+            return self._images[self._canvas_of[row]][self._places[row]]
+        except OSError as error:
+            raise Stopped(
+                f"{self.path} cannot be read any more ({error}). Bring the file back, or delete it to "
+                "have it prepared again."
+            ) from error
 
     def close(self) -> None:
         """Close this process's handle, if it has one; the next image opens it again."""

@@ -9,6 +9,7 @@
 A checkpoint is written aside, brought to the disk and renamed; the newest few are kept.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -41,6 +42,9 @@ _WEIGHTS, _STATE, _BEST, _LABEL = (
     "best.safetensors",
     "checkpoint.json",
 )
+
+
+_LEAST_BYTES = 65_536  # free on a disk that is not full
 
 
 class Interrupted(KeyboardInterrupt):
@@ -129,7 +133,20 @@ class CheckpointFiles(CheckpointIO):
         folder = Path(path)
         aside = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        try:
+            aside.mkdir(parents=True)
+            self._write(checkpoint, aside)
+        except BaseException as error:
+            full = shutil.disk_usage(folder.parent.parent).free < _LEAST_BYTES
+            shutil.rmtree(aside, ignore_errors=True)
+            if full:  # which not every writer says
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that went this way before
+        aside.rename(folder)
+        _to_disk(folder.parent)
+
+    def _write(self, checkpoint: dict[str, Any], aside: Path) -> None:
         weights = {
             name: tensor.detach().cpu().contiguous().clone()
             for name, tensor in checkpoint["state_dict"].items()
@@ -143,9 +160,6 @@ class CheckpointFiles(CheckpointIO):
         (aside / _LABEL).write_text(json.dumps(label, indent=1))
         for file in aside.iterdir():
             _to_disk(file)
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that went this way before
-        aside.rename(folder)
-        _to_disk(folder.parent)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
