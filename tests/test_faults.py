@@ -554,11 +554,14 @@ def greedy():
     Learner.training_step = asks
 
 
-def test_data_that_goes_bad_while_it_is_read_is_a_line(tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_goes_bad_while_it_is_read_is_a_line(workers, tmp_path):
     outputs = tmp_path / "outputs"
-    pid, said = begin(outputs, tmp_path, "datamodule.num_train=60", inject=rotting)
+    words = ["datamodule.num_train=60", f"datamodule.num_workers={workers}"]
+    pid, said = begin(outputs, tmp_path, *words, inject=rotting)
     assert killing.collect(pid) == 1
-    assert "went away while it was read" in the_line(said.read_text())
+    line = the_line(said.read_text())
+    assert line.startswith(str(outputs)) and "cannot be read any more" in line
     assert killing.statuses(outputs / "mlflow.db") == ["FAILED"]
 
 

@@ -12,7 +12,11 @@ from paragraph_ocr.errors import Stopped
 def explain_end(error: Exception, experiment: Experiment, folder: Path) -> Stopped | None:
     """Return the reason and the remedy in one line; None for what is no known kind of end."""
     if isinstance(error, Stopped):
-        return error
+        # a worker's comes with its traceback, and itself as the last line
+        own = str(error).strip().splitlines()[-1]
+        return (
+            Stopped(own.partition("Stopped: ")[2]) if "DataLoader worker" in str(error) else error
+        )
     data = experiment.datamodule
     first = next((line for line in str(error).splitlines() if line.strip()), "")[:200]
     if isinstance(error, torch.OutOfMemoryError) or (
@@ -35,19 +39,7 @@ def explain_end(error: Exception, experiment: Experiment, folder: Path) -> Stopp
         return Stopped(f"The disk of {folder} is full. Make room there.")
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return Stopped(f"{folder} cannot be written to: {error.strerror}. Give it back its rights.")
-    if (isinstance(error, OSError) and "HDF5" in first) or "h5py" in first:
-        return Stopped(f"The data went away while it was read ({first}). Bring the file back.")
     return None
-
-
-def _reads_hdf5(error: BaseException) -> bool:
-    """Return whether the error was raised within the library that reads the stores."""
-    frame = error.__traceback__
-    names = []
-    while frame is not None:
-        names.append(frame.tb_frame.f_globals.get("__name__", ""))
-        frame = frame.tb_next
-    return any(name.startswith("h5py") for name in names) or "h5py" in str(error)
 
 
 def _wants_memory(text: str) -> bool:
