@@ -12,6 +12,7 @@ import torch
 from pages import SENTENCE, note
 from PIL import Image
 
+from paragraph_ocr import console
 from paragraph_ocr.reading import Refusal
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +65,7 @@ def test_a_thousand_images_are_read_at_the_speed_of_the_model_in_flat_memory(rec
     seconds = time.perf_counter() - began
     texts, bare, model = bare_loop(recognizer, good)
     growth = memory[-1] - memory[3]
-    print(
+    console.say(
         f"\n{NUMBER} images: {seconds:.1f} s ({NUMBER / seconds:.0f} a second); a bare loop "
         f"{bare:.1f} s, the model alone {model:.1f} s; memory {memory[3]:.0f} MB after 200 images, "
         f"{memory[-1]:.0f} MB after {NUMBER} ({growth:+.1f} MB), {max(memory):.0f} MB at most"
@@ -88,7 +89,7 @@ def test_the_command_reads_a_thousand_images_and_writes_their_files(run_folder, 
         capture_output=True,
         text=True,
     )
-    print(
+    console.say(
         f"\n{done.stdout.splitlines()[-2]}; {time.perf_counter() - began:.1f} s from start to end"
     )
     assert done.returncode == 2
