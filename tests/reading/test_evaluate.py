@@ -31,7 +31,7 @@ def other_run(make_run):
 
 
 def test_it_judges_the_readings_that_read_gives(recognizer, run_folder, images, here):
-    outcome = evaluate(Options(str(run_folder)), [ALL, "tracking=off", *here])
+    outcome = evaluate(Options(str(run_folder), device="cpu"), [ALL, "tracking=off", *here])
     readings = {one.source: one.reading for one in outcome.evaluation.read}
     assert readings == {path.name: recognizer.read(path).text for path in scans(images)}
     truths = {path.name: path.with_suffix(".txt").read_text() for path in scans(images)}

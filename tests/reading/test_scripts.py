@@ -37,7 +37,7 @@ def evaluate():
 
 def test_one_image_gives_its_text_and_nothing_else(read, recognizer, run_folder, images, capsys):
     path = scans(images)[0]
-    assert read(f"checkpoint={run_folder}", f"image={path}") == 0
+    assert read(f"checkpoint={run_folder}", f"image={path}", "device=cpu") == 0
     assert capsys.readouterr().out == recognizer.read(path).text + "\n"
 
 
@@ -45,7 +45,7 @@ def test_a_folder_gives_every_image_and_the_files_asked_for(
     read, recognizer, run_folder, images, capsys, tmp_path
 ):
     words = [f"checkpoint={run_folder}", f"image={images}", "write=txt,json,page,alto", "into=out"]
-    assert read(*words, "batch_size=5") == 0
+    assert read(*words, "batch_size=5", "device=cpu") == 0
     shown = capsys.readouterr().out
     for path in scans(images):
         text = recognizer.read(path).text
