@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,6 +57,8 @@ OUTBOX = "outbox.jsonl"
 _TROUBLE = (MlflowException, SQLAlchemyError, RequestException, OSError)
 """What talking to MLflow raises when it is away, locked or full."""
 
+_MODEL_FILES = ("config.yaml", "best.safetensors")
+
 
 def database_uri(outputs: Path, uri: str | None = None) -> str:
     """Return where runs are kept: `uri`, else MLFLOW_TRACKING_URI, else a SQLite file in outputs."""
@@ -92,6 +95,55 @@ def open_experiment(
             if existing is None:
                 raise
             return client, existing.experiment_id
+
+
+def folder_of_run(run_id: str, *, outputs: Path) -> Path:
+    """Return the folder of a run; one whose folder is gone comes from its artifacts, if they hold it.
+
+    Raises:
+        UserError: there is no such run, or its weights lie nowhere.
+    """
+    uri = database_uri(outputs)
+    if uri == _sqlite(outputs / DATABASE) and not (outputs / DATABASE).exists():
+        raise UserError(
+            f"checkpoint={run_id}: {outputs / DATABASE} does not exist. Pass a run folder, or set "
+            "MLFLOW_TRACKING_URI to where the run is kept."
+        )
+    client = mlflow.MlflowClient(uri)
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        raise UserError(
+            f"checkpoint={run_id} is no run of {uri}. Pass a run folder, or a run's id from the UI."
+        ) from error
+    folder = Path(run.data.tags.get("folder", ""))
+    if "folder" in run.data.tags and all((folder / name).is_file() for name in _MODEL_FILES):
+        return folder
+    kept = {artifact.path for artifact in client.list_artifacts(run_id)}
+    if not kept.issuperset(_MODEL_FILES):
+        raise UserError(
+            f"checkpoint={run_id}: its folder {folder} is gone or has no weights, and MLflow keeps no "
+            "copy of them. Pass another run."
+        )
+    fetched = outputs / "fetched" / run_id
+    fetched.mkdir(parents=True, exist_ok=True)
+    for name in _MODEL_FILES:
+        with tempfile.TemporaryDirectory(dir=fetched) as aside:  # whole before it has its name
+            Path(client.download_artifacts(run_id, name, aside)).replace(fetched / name)
+    return fetched
+
+
+def run_of_folder(
+    folder: Path, *, outputs: Path, experiment_name: str, uri: str | None
+) -> str | None:
+    """Return the id of the run that left this folder, if MLflow knows it."""
+    if "'" in folder.name:  # no run's own folder, and MLflow's filters have no way to quote it
+        return None
+    client, experiment = open_experiment(outputs, name=experiment_name, uri=uri)
+    for run in client.search_runs([experiment], f"tags.folder LIKE '%{folder.name}'"):
+        if Path(run.data.tags["folder"]).resolve() == folder.resolve():
+            return run.info.run_id
+    return None
 
 
 def _make_database(path: Path, *, artifacts: Path) -> None:
