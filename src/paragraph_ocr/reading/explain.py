@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -105,12 +105,12 @@ def trace(
         tokens: from the start token on, without the end; at most the decoder's positions.
         size: height and width of the true page on its canvas; None if it fills it.
     """
-    assert not model.training
+    assert not model.training and isinstance(model.encoder, Encoder)
     fed = torch.tensor([list(tokens)])
     sizes = None if size is None else torch.tensor([size])
     attentions: dict[str, list[Tensor]] = {"self": [], "cross": []}
     streams: dict[tuple[int, str], Tensor] = {}
-    layers = [_layer(layer) for layer in model.decoder.layers]
+    layers = layers_of(model.decoder)
 
     def attending(kind: str) -> Callable[..., None]:
         def record(module: nn.Module, inputs: tuple, keywords: dict[str, Any], _: Tensor) -> None:
@@ -295,6 +295,7 @@ def _circuit(left: Float[Tensor, "D d"], right: Float[Tensor, "d D"]) -> Circuit
         return Circuit(torch.linalg.svdvals(first @ second.mT).float())
 
 
-def _layer(module: nn.Module) -> Layer:
-    assert isinstance(module, Layer)
-    return module
+def layers_of(decoder: Decoder) -> list[Layer]:
+    layers = list(decoder.layers)
+    assert all(isinstance(layer, Layer) for layer in layers)
+    return cast(list[Layer], layers)
