@@ -120,7 +120,13 @@ def plates(told: Explanation) -> Iterator[Plate]:
     if told.truth is None:
         labels.pop("teacher-forced"), traces.pop("teacher-forced")
     figures = {
-        "readings": draw.readings(seen, told.free, targets, told.vocabulary.tokens),
+        "readings": draw.readings(
+            seen,
+            told.free,
+            targets,
+            told.vocabulary.tokens,
+            name="true text" if told.truth is not None else "own reading",
+        ),
         "entropy": draw.entropies(traces, labels),
         "features": draw.features(told.page, maps),
         "attention": sheet,
