@@ -204,7 +204,9 @@ def test_a_model_without_attention_is_refused():
         num_tokens=9, height=32, window_width_px=28, window_stride_px=28, channels=2, width=4,
         dropout=0.0, loss="windows", special=SPECIAL, blank=0,
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"^model=line_cnn has no attention .*Pass checkpoint="):
+    with pytest.raises(
+        UserError, match=r"^model=line_cnn has no attention .*Pass a Transformer's run"
+    ):
         explain.require_transformer(cnn)
 
 

@@ -118,7 +118,7 @@ def animate(
     labels: Sequence[str],
     *,
     cell_px: tuple[int, int],
-    most_frames: int = 240,
+    most_frames: int = 120,
 ) -> list[Image.Image]:
     """Return a frame for each character: the page, where the model looks, the text so far below."""
     scale = max(1, round(640 / page.shape[1]))
@@ -176,7 +176,7 @@ def causal(trace: Trace, read: Sequence[str]) -> Figure:
 
 def positions(decoder: Decoder, *, length: int, grid: tuple[int, int]) -> Figure:
     """Return the 1-D code of the text, and of the 2-D code how like one cell's is to all others'."""
-    figure = _figure(12, 3.6)
+    figure = _figure(12.0, 3.6)
     code, cell, alike = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
     one = decoder.positions[:length]
     code.imshow(one.numpy(), aspect="auto", cmap="RdBu", vmin=-1, vmax=1)
@@ -298,7 +298,7 @@ def spectra(found: Mapping[str, Sequence[Circuit]], *, width: int) -> Figure:
         found: circuits by name, one for each head.
         width: of the residual stream.
     """
-    figure = _figure(11, 2.8 * -(-len(found) // 2))
+    figure = _figure(11.0, 2.8 * -(-len(found) // 2))
     grid = figure.subplots(-(-len(found) // 2), 2, squeeze=False).ravel()
     for axes, (name, heads) in zip(grid, found.items(), strict=False):
         rank = len(heads[0].singular)
