@@ -43,6 +43,8 @@ def train(composed: DictConfig) -> Any:
         outcome = run(experiment, overrides=list(HydraConfig.get().overrides.task))
     except UserError as error:
         sys.exit(_refuse(error))  # raised further, Hydra would print the overrides before it
+    except Stopped as stopped:
+        sys.exit(_refuse(stopped, status=1))
     return outcome.metrics.get("val/cer", float("nan"))
 
 

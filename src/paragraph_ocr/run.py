@@ -7,7 +7,7 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,6 +18,7 @@ import torch
 
 from paragraph_ocr import build, build_model, console
 from paragraph_ocr.config import Experiment
+from paragraph_ocr.errors import UserError
 from paragraph_ocr.learning.callbacks import (
     KeepWeights,
     Measure,
@@ -26,6 +27,7 @@ from paragraph_ocr.learning.callbacks import (
     Watch,
 )
 from paragraph_ocr.learning.learner import Learner
+from paragraph_ocr.learning.processes import Processes
 from paragraph_ocr.stored import CONFIG, write_config
 from paragraph_ocr.tracking import PARENT_VARIABLE, TrackedRun, database_uri
 
@@ -96,8 +98,9 @@ def run(
             experiment, outputs, name=name, tags={"folder": str(folder), **(tags or {})}
         )
     else:
-        folder, tracked = Path(os.environ[FOLDER_VARIABLE]), None
-    with _termination_as_interrupt(), tracked.ending() if tracked else nullcontext():
+        folder, tracked = Path(_folder_of_the_first()), None
+    ending = tracked.ending() if tracked else nullcontext()
+    with _termination_as_interrupt(), ending, ExitStack() as stack:
         if tracked:
             tracked.log_file(folder / CONFIG)
         with console.progress("prepare") as progress:
@@ -113,6 +116,7 @@ def run(
             callbacks.append(StopWhenRead())
         logger = tracked.logger() if tracked else None
         trainer = build.build_trainer(experiment, folder=folder, logger=logger, callbacks=callbacks)
+        stack.enter_context(_together(trainer, tracked))
         fit_began = time.perf_counter()
         trainer.fit(learner, datamodule=datamodule)
         metrics = _metrics(trainer)
@@ -172,6 +176,11 @@ def _announce(experiment: Experiment, learner: Learner) -> None:
     )
     if trainer.accelerator == "auto" and not torch.cuda.is_available():
         console.warn("No GPU here: training on the CPU in float32, which will be slow.")
+    if build.differing_norms(experiment, learner.recognizer):
+        console.warn(
+            "BatchNorm learns from each process's own pages on CPUs, so figures differ from those of one "
+            "process. Pass model.encoder.freeze=true to have them equal."
+        )
     regularized = any(asdict(experiment.regularization.augmentation).values())
     if trainer.overfit_batches and (regularized or experiment.regularization.token_noise):
         console.say("Memorising: augmentation and token noise are off.")
@@ -257,6 +266,37 @@ def _ui_command(experiment: Experiment) -> str:
     return "nox -s ui" if experiment.outputs == "outputs" else f"nox -s ui -- {outputs}"
 
 
+def _folder_of_the_first() -> str:
+    """Return the run folder that the first process has told this one.
+
+    Raises:
+        UserError: something else than this program has started this process.
+    """
+    try:
+        return os.environ[FOLDER_VARIABLE]
+    except KeyError as error:
+        raise UserError(
+            "LOCAL_RANK is set, and train.py starts its processes by itself. Type `python train.py "
+            "trainer=ddp` without torchrun."
+        ) from error
+
+
+def _together(trainer: pl.Trainer, tracked: TrackedRun | None) -> AbstractContextManager[None]:
+    """Return a context in which this run's processes end together."""
+    if not isinstance(trainer.strategy, Processes):
+        return nullcontext()
+
+    def give_up(line: str) -> None:
+        """End this process from a thread: its main one waits for what will never come."""
+        console.error(line)
+        if tracked:
+            tracked.tag("reason", line)
+            tracked.client.set_terminated(tracked.run_id, "FAILED")
+        os._exit(1)
+
+    return trainer.strategy.watched(give_up)
+
+
 @contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
     """Let SIGTERM end the run as Ctrl-C does, so that its status is told."""
@@ -273,12 +313,15 @@ def _termination_as_interrupt() -> Iterator[None]:
 
 def _quiet_lightning() -> None:
     """Leave out Lightning's advertisements and what it says of settings that are meant."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for text in (
         ".*does not have many workers.*",
         ".*The number of training batches.*",
         ".*LeafSpec.*",
         ".*GPU available but not used.*",
+        ".*sync_dist=True.*",  # metrics sum over processes by themselves
+        ".*broadcast_buffers.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*module.s. in eval mode at the start of training.*",
     ):
