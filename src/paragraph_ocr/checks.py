@@ -27,7 +27,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule.name": ("constant", "cosine", "one_cycle"),
     "trainer.accelerator": ("auto", "cpu", "gpu", "cuda"),
     "trainer.precision": ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"),
-    "trainer.strategy": ("auto", "ddp", "ddp_spawn"),
+    "trainer.strategy": ("auto", "ddp"),
     "trainer.profiler": ("simple", "advanced", "pytorch"),
     "decoding.name": ("greedy", "beam"),
     "model.loss": ("windows", "ctc"),
@@ -182,6 +182,7 @@ def check_combinations(experiment: Experiment) -> None:
             f"trainer.devices={devices} must be a number of devices, or auto for all. "
             "Pass trainer.devices=1."
         )
+    _check_processes(experiment)
     _check_device(trainer)
 
 
@@ -274,6 +275,23 @@ def _check_room_for_tokens(data: GeneratedData | EmnistLinesData) -> None:
             f"datamodule.max_length={data.max_length} is too short for "
             f"datamodule.max_characters={data.max_characters} and start and end. "
             f"Pass datamodule.max_length={data.max_characters + 2} or more."
+        )
+
+
+def _check_processes(experiment: Experiment) -> None:
+    """Check that what is for one process is not asked of several."""
+    trainer = experiment.trainer
+    if str(trainer.devices) == "1":
+        return
+    if trainer.overfit_batches:
+        raise UserError(
+            f"trainer.overfit_batches={trainer.overfit_batches} is for one process, and trainer.devices="
+            f"{trainer.devices}. Pass trainer.devices=1."
+        )
+    if experiment.trial is not None:
+        raise UserError(
+            f"trainer.devices={trainer.devices} does not go with a search, which trains a trial on one "
+            "device. Pass trainer.devices=1, and hydra.sweeper.gpus and n_jobs for several at once."
         )
 
 

@@ -132,7 +132,8 @@ class Search:
         self.outputs = Path(config.outputs)
         self.folder = study_folder(self.outputs, options.study_name)
         self.is_helper = WORKER_VARIABLE in os.environ
-        self._defaults = self._compose(self.space.fixed)  # what trials change
+        # what trials change, checked as one
+        self._defaults = self._compose([*self.space.fixed, "trial=0"])
         experiment = self._experiment(self._defaults)
         if options.sampler.get("_target_") == "optuna.samplers.BruteForceSampler":
             self.space.require_finite()
