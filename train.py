@@ -16,10 +16,12 @@ from omegaconf import DictConfig
 
 from paragraph_ocr.config import register_schema
 from paragraph_ocr.errors import Stopped, UserError
+from paragraph_ocr.targets import guard_hydra
 from paragraph_ocr.validation import CONF, REFUSALS, explain, validate
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed by Hydra
 register_schema()
+guard_hydra()
 
 
 @hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")

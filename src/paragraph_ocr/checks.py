@@ -118,8 +118,8 @@ def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
         )
 
 
-def check_combinations(experiment: Experiment) -> None:
-    """Check what must go together."""
+def check_together(experiment: Experiment) -> None:
+    """Check what must go together, whatever the machine."""
     data, trainer = experiment.datamodule, experiment.trainer
     match experiment.model:
         case TransformerModel(decoder=decoder):
@@ -146,13 +146,19 @@ def check_combinations(experiment: Experiment) -> None:
             f"trainer.overfit_batches={trainer.overfit_batches} is a share above 1. "
             f"Pass trainer.overfit_batches={int(trainer.overfit_batches)} for that many batches."
         )
+    if isinstance(data, EmnistData):
+        _check_emnist(data)
+
+
+def check_combinations(experiment: Experiment) -> None:
+    """Check what must go together, and with this machine: its files and devices."""
+    check_together(experiment)
+    data, trainer = experiment.datamodule, experiment.trainer
     weights = experiment.model.weights
-    if weights is not None and not Path(weights).exists():
+    if weights is not None and not _is_there(weights):
         raise UserError(
             f"model.weights={weights} does not exist. Pass a run folder or a .safetensors file."
         )
-    if isinstance(data, EmnistData):
-        _check_emnist(data)
     for kind, (choices, wanted) in _OWN_FILES.items():
         if not isinstance(data, kind):
             continue
@@ -170,13 +176,13 @@ def check_combinations(experiment: Experiment) -> None:
         )
     for key in ("root", "fonts", "texts"):
         path = getattr(data, key, None)
-        if path is not None and not Path(path).is_dir():
+        if path is not None and not _is_there(path, folder=True):
             raise UserError(
                 f"datamodule.{key}={path} is not a folder. Pass datamodule.{key}=<folder>."
             )
     devices = trainer.devices
     if devices != "auto" and not (
-        str(devices).lstrip("-").isdigit() and int(devices) in {-1, *range(1, 4097)}
+        str(devices).lstrip("-").isdecimal() and int(devices) in {-1, *range(1, 4097)}
     ):
         raise UserError(
             f"trainer.devices={devices} must be a number of devices, or auto for all. "
@@ -184,6 +190,14 @@ def check_combinations(experiment: Experiment) -> None:
         )
     _check_processes(experiment)
     _check_device(trainer)
+
+
+def _is_there(path: str, *, folder: bool = False) -> bool:
+    """Return whether there is such a file or folder; no system takes every text for a path."""
+    try:
+        return Path(path).is_dir() if folder else Path(path).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _check_decoder(decoder: DecoderConfig) -> None:
