@@ -67,8 +67,11 @@ def read_grey(file: Path | bytes, *, where: str) -> np.ndarray:
         ) from error
     except UnidentifiedImageError as error:
         raise UserError(f"{where} is no {', '.join(FORMATS)} image. Convert it.") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{where} cannot be read: {error}. Mend it or take it out.") from error
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise whatever a broken file leads them to
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{where} cannot be read: {said}. Mend it or take it out.") from error
 
 
 def _grey(image: Image.Image) -> np.ndarray:

@@ -205,6 +205,11 @@ class _Padding:
 def _build(
     name: str, stage: int, in_channels: int, pretrained: bool, extra: dict[str, Any]
 ) -> nn.Module:
+    if "checkpoint_path" in extra:
+        raise UserError(
+            "model.encoder.extra.checkpoint_path is not read. Pass model.encoder.pretrained=true with "
+            "+model.encoder.extra.pretrained_cfg_overlay.file=<path>."
+        )
     file = dict(extra.get("pretrained_cfg_overlay", {})).get("file")
     if pretrained and file is not None and not Path(file).is_file():
         raise UserError(
