@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from paragraph_ocr.config import register_schema
 from paragraph_ocr.errors import Stopped, UserError
 from paragraph_ocr.targets import guard_hydra
-from paragraph_ocr.validation import CONF, REFUSALS, explain, validate
+from paragraph_ocr.validation import CONF, explain, is_refusal, validate
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed by Hydra
 register_schema()
@@ -60,12 +60,14 @@ def main() -> int:
         train()
     except UserError as error:
         return _refuse(error)
-    except REFUSALS as error:
-        return _refuse(explain(error))
     except Stopped as stopped:
         return _refuse(stopped, status=1)
     except KeyboardInterrupt:
         return 1
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        return _refuse(explain(error))
     return 0
 
 

@@ -59,6 +59,8 @@ def own_conf(tmp_path_factory):
 
 MISTAKES = [
     (["model=smal"], "model=small"),
+    (["datamodule=0"], "must be a string"),
+    (["+hydra.callbacks.x._target_=os.system"], "names code"),
     (["modle=small"], "nearest: model"),
     (["model/encoder=resnet19"], "model/encoder=resnet18"),
     (["model.encoder=resnet18"], "model/encoder=<choice>"),
