@@ -43,8 +43,8 @@ def slow(session: nox.Session) -> None:
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """Searches killed twenty times, four processes on one study, memory over thirty trials, a thousand
-    images read: 20 minutes."""
+    """Runs and searches killed a hundred times, four processes on one study, memory over thirty trials, a
+    thousand images read, fuzzing: an hour."""
     session.run(*PYTHON, "pytest", "-m", "soak", "-s", *session.posargs)
 
 

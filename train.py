@@ -16,10 +16,12 @@ from omegaconf import DictConfig
 
 from paragraph_ocr.config import register_schema
 from paragraph_ocr.errors import Stopped, UserError
-from paragraph_ocr.validation import CONF, REFUSALS, explain, validate
+from paragraph_ocr.targets import guard_hydra
+from paragraph_ocr.validation import CONF, explain, is_refusal, validate
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed by Hydra
 register_schema()
+guard_hydra()
 
 
 @hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")
@@ -43,6 +45,8 @@ def train(composed: DictConfig) -> Any:
         outcome = run(experiment, overrides=list(HydraConfig.get().overrides.task))
     except UserError as error:
         sys.exit(_refuse(error))  # raised further, Hydra would print the overrides before it
+    except Stopped as stopped:
+        sys.exit(_refuse(stopped, status=1))
     return outcome.metrics.get("val/cer", float("nan"))
 
 
@@ -56,12 +60,14 @@ def main() -> int:
         train()
     except UserError as error:
         return _refuse(error)
-    except REFUSALS as error:
-        return _refuse(explain(error))
     except Stopped as stopped:
         return _refuse(stopped, status=1)
     except KeyboardInterrupt:
         return 1
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        return _refuse(explain(error))
     return 0
 
 

@@ -19,6 +19,7 @@ SITES = {
         "config.py",
         "validation.py",
         "sweep.py",
+        "targets.py",
         "search/search.py",
         "search/space.py",
         "search/trial.py",

@@ -559,9 +559,9 @@ def test_data_that_goes_bad_while_it_is_read_is_a_line(workers, tmp_path):
     outputs = tmp_path / "outputs"
     words = ["datamodule.num_train=60", f"datamodule.num_workers={workers}"]
     pid, said = begin(outputs, tmp_path, *words, inject=rotting)
-    assert killing.collect(pid) == 1
+    assert killing.collect(pid) == 2
     line = the_line(said.read_text())
-    assert line.startswith(str(outputs)) and "cannot be read any more" in line
+    assert line.startswith(str(outputs)) and "is no whole store" in line
     assert killing.statuses(outputs / "mlflow.db") == ["FAILED"]
 
 

@@ -59,6 +59,8 @@ def own_conf(tmp_path_factory):
 
 MISTAKES = [
     (["model=smal"], "model=small"),
+    (["datamodule=0"], "must be a string"),
+    (["+hydra.callbacks.x._target_=os.system"], "names code"),
     (["modle=small"], "nearest: model"),
     (["model/encoder=resnet19"], "model/encoder=resnet18"),
     (["model.encoder=resnet18"], "model/encoder=<choice>"),
@@ -93,6 +95,9 @@ MISTAKES = [
     (["experiment=no_yaml"], "line 3"),
     (["experiment=new_node"], "nearest: trainer"),
     (["-m", "model=tiny,smal", "tracking=off"], "model=small"),
+    (["trainer=ddp", "trainer.overfit_batches=1"], "Pass trainer.devices=1"),
+    (["trainer.strategy=ddp_spawn"], "trainer.strategy=ddp"),
+    (["-m", "search=learning_rate", "trainer.devices=2"], "does not go with a search"),
     (["-m", "model=tiny,small", "trainer=ddp", "tracking=off"], "trainer.devices=1"),
 ]
 
@@ -172,15 +177,3 @@ def test_a_run_that_is_terminated_says_killed_in_mlflow(tmp_path):
     assert running.returncode == 1
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         assert database.execute("select status from runs").fetchall() == [("KILLED",)]
-
-
-def test_two_processes_are_one_run(tmp_path):
-    done = train(
-        "model=tiny", "debug=ci", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2",
-        "trainer.precision=32-true", f"outputs={tmp_path}",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    with sqlite3.connect(tmp_path / "mlflow.db") as database:
-        assert database.execute("select status from runs").fetchall() == [("FINISHED",)]
-    assert len(list((tmp_path / "runs").iterdir())) == 1
-    assert done.stdout.count("run folder") == 1

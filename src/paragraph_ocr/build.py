@@ -45,6 +45,11 @@ from paragraph_ocr.data.synthetic import SyntheticCorpus
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.learning.learner import Learner
 from paragraph_ocr.learning.optim import build_optimizer, build_schedule
+from paragraph_ocr.learning.processes import (
+    Processes,
+    SynchronisedBatchNorm,
+    norms_that_differ,
+)
 from paragraph_ocr.model.reader import Reader
 from paragraph_ocr.vocabulary import Vocabulary, found_characters
 
@@ -227,9 +232,27 @@ def precision(trainer: TrainerConfig) -> str:
     """Return the precision, "auto" settled by the device: bf16, fp16 on an older GPU, or float32."""
     if trainer.precision != "auto":
         return trainer.precision
-    if trainer.accelerator == "cpu" or not torch.cuda.is_available():
+    if not _uses_gpus(trainer):
         return "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+
+
+def num_processes(trainer: TrainerConfig) -> int:
+    """Return how many processes train together: one for each device asked for."""
+    if str(trainer.devices) in {"auto", "-1"}:
+        return max(1, torch.cuda.device_count()) if _uses_gpus(trainer) else 1
+    return int(trainer.devices)
+
+
+def differing_norms(experiment: Experiment, recognizer: Reader) -> bool:
+    """Return whether each of several processes would normalise its batches by itself."""
+    trainer = experiment.trainer
+    alone = num_processes(trainer) == 1 or _uses_gpus(trainer)
+    return not alone and norms_that_differ(recognizer)
+
+
+def _uses_gpus(trainer: TrainerConfig) -> bool:
+    return trainer.accelerator != "cpu" and torch.cuda.is_available()
 
 
 def build_trainer(
@@ -260,7 +283,10 @@ def build_trainer(
         "profiler",
         "on_nan",
         "checkpoint",
+        "strategy",
     }
+    together = num_processes(config) > 1
+    on_gpus = together and _uses_gpus(config)
     settings = {key: value for key, value in asdict(config).items() if key not in own}
     if config.max_epochs is None:
         settings["max_epochs"] = EPOCHS_TO_OVERFIT if overfit else EPOCHS
@@ -270,6 +296,8 @@ def build_trainer(
     try:
         return pl.Trainer(
             **settings,
+            strategy=Processes() if together else "auto",
+            plugins=[SynchronisedBatchNorm()] if on_gpus else None,
             precision=precision(config),  # type: ignore[arg-type]
             profiler=_profiler(config.profiler, folder),
             gradient_clip_val=experiment.regularization.gradient_clip or None,

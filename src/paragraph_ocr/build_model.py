@@ -143,14 +143,19 @@ def load_weights(recognizer: Reader, path: Path) -> None:
     """
     file = path / "best.safetensors" if path.is_dir() else path
     remedy = "Pass the model's own overrides with it, or another file."
+    if not file.is_file():
+        raise UserError(
+            f"model.weights={path} holds no weights. Pass a run folder or a .safetensors file."
+        )
     try:
         recognizer.load_state_dict(load_file(file))
-    except (OSError, SafetensorError) as error:
+    # a header may lack what it needs, or name a type of numbers that torch does not have
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"model.weights={path} cannot be read: {error}. Pass a run folder or a .safetensors file."
         ) from error
     except RuntimeError as error:  # missing, unexpected or misshapen tensors, one a line
-        first = str(error).splitlines()[1].strip()
+        first = str(error).splitlines()[-1].strip()
         raise UserError(
             f"model.weights={path} belongs to another model: {first} {remedy}"
         ) from error

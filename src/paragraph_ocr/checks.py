@@ -27,7 +27,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule.name": ("constant", "cosine", "one_cycle"),
     "trainer.accelerator": ("auto", "cpu", "gpu", "cuda"),
     "trainer.precision": ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"),
-    "trainer.strategy": ("auto", "ddp", "ddp_spawn"),
+    "trainer.strategy": ("auto", "ddp"),
     "trainer.on_nan": ("stop", "skip", "rollback"),
     "trainer.profiler": ("simple", "advanced", "pytorch"),
     "decoding.name": ("greedy", "beam"),
@@ -123,8 +123,8 @@ def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
         )
 
 
-def check_combinations(experiment: Experiment) -> None:
-    """Check what must go together."""
+def check_together(experiment: Experiment) -> None:
+    """Check what must go together, whatever the machine."""
     data, trainer = experiment.datamodule, experiment.trainer
     match experiment.model:
         case TransformerModel(decoder=decoder):
@@ -151,13 +151,19 @@ def check_combinations(experiment: Experiment) -> None:
             f"trainer.overfit_batches={trainer.overfit_batches} is a share above 1. "
             f"Pass trainer.overfit_batches={int(trainer.overfit_batches)} for that many batches."
         )
+    if isinstance(data, EmnistData):
+        _check_emnist(data)
+
+
+def check_combinations(experiment: Experiment) -> None:
+    """Check what must go together, and with this machine: its files and devices."""
+    check_together(experiment)
+    data, trainer = experiment.datamodule, experiment.trainer
     weights = experiment.model.weights
-    if weights is not None and not Path(weights).exists():
+    if weights is not None and not _is_there(weights):
         raise UserError(
             f"model.weights={weights} does not exist. Pass a run folder or a .safetensors file."
         )
-    if isinstance(data, EmnistData):
-        _check_emnist(data)
     for kind, (choices, wanted) in _OWN_FILES.items():
         if not isinstance(data, kind):
             continue
@@ -175,19 +181,28 @@ def check_combinations(experiment: Experiment) -> None:
         )
     for key in ("root", "fonts", "texts"):
         path = getattr(data, key, None)
-        if path is not None and not Path(path).is_dir():
+        if path is not None and not _is_there(path, folder=True):
             raise UserError(
                 f"datamodule.{key}={path} is not a folder. Pass datamodule.{key}=<folder>."
             )
     devices = trainer.devices
     if devices != "auto" and not (
-        str(devices).lstrip("-").isdigit() and int(devices) in {-1, *range(1, 4097)}
+        str(devices).lstrip("-").isdecimal() and int(devices) in {-1, *range(1, 4097)}
     ):
         raise UserError(
             f"trainer.devices={devices} must be a number of devices, or auto for all. "
             "Pass trainer.devices=1."
         )
+    _check_processes(experiment)
     _check_device(trainer)
+
+
+def _is_there(path: str, *, folder: bool = False) -> bool:
+    """Return whether there is such a file or folder; no system takes every text for a path."""
+    try:
+        return Path(path).is_dir() if folder else Path(path).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _check_decoder(decoder: DecoderConfig) -> None:
@@ -279,6 +294,23 @@ def _check_room_for_tokens(data: GeneratedData | EmnistLinesData) -> None:
             f"datamodule.max_length={data.max_length} is too short for "
             f"datamodule.max_characters={data.max_characters} and start and end. "
             f"Pass datamodule.max_length={data.max_characters + 2} or more."
+        )
+
+
+def _check_processes(experiment: Experiment) -> None:
+    """Check that what is for one process is not asked of several."""
+    trainer = experiment.trainer
+    if str(trainer.devices) == "1":
+        return
+    if trainer.overfit_batches:
+        raise UserError(
+            f"trainer.overfit_batches={trainer.overfit_batches} is for one process, and trainer.devices="
+            f"{trainer.devices}. Pass trainer.devices=1."
+        )
+    if experiment.trial is not None:
+        raise UserError(
+            f"trainer.devices={trainer.devices} does not go with a search, which trains a trial on one "
+            "device. Pass trainer.devices=1, and hydra.sweeper.gpus and n_jobs for several at once."
         )
 
 

@@ -6,17 +6,16 @@ from pathlib import Path
 import torch
 
 from paragraph_ocr.config import Experiment
-from paragraph_ocr.errors import Stopped
+from paragraph_ocr.errors import Stopped, UserError
 
 
-def explain_end(error: Exception, experiment: Experiment, folder: Path) -> Stopped | None:
+def explain_end(error: Exception, experiment: Experiment, folder: Path) -> Exception | None:
     """Return the reason and the remedy in one line; None for what is no known kind of end."""
-    if isinstance(error, Stopped):
+    if isinstance(error, Stopped | UserError):
+        if "DataLoader worker" not in str(error):
+            return error
         # a worker's comes with its traceback, and itself as the last line
-        own = str(error).strip().splitlines()[-1]
-        return (
-            Stopped(own.partition("Stopped: ")[2]) if "DataLoader worker" in str(error) else error
-        )
+        return type(error)(str(error).strip().splitlines()[-1].partition(": ")[2])
     data = experiment.datamodule
     first = next((line for line in str(error).splitlines() if line.strip()), "")[:200]
     if isinstance(error, torch.OutOfMemoryError) or (

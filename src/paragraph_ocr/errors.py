@@ -8,8 +8,12 @@ class UserError(Exception):
     """A mistake of the user's: one line that gives key=value, what is allowed and what to type.
 
     `train.py` and the scripts print it without a traceback and exit with status 2. A caller's bug
-    is a ValueError instead.
+    is a ValueError instead. Names from other people's files may hold newlines, a terminal's commands or
+    half a character: what cannot be printed is written as an escape.
     """
+
+    def __str__(self) -> str:
+        return "".join(map(_printable, super().__str__()))
 
 
 class Stopped(Exception):
@@ -23,3 +27,7 @@ class Diverged(Stopped, FloatingPointError):
 def nearest(name: str, known: Iterable[str], *, count: int = 3) -> list[str]:
     """Return at most `count` known names that resemble `name`, the most similar first."""
     return get_close_matches(name, sorted(known), n=count, cutoff=0.5)
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else ascii(character)[1:-1]

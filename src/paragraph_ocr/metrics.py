@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from rapidfuzz.distance import Levenshtein
+from torch import Tensor
 from torchmetrics import Metric
 
 
@@ -88,3 +89,27 @@ class ReadingErrors(Metric):
             "exact": _rate(count["exact"], count["paragraphs"]),
             "cer_collapsed": _rate(count["collapsed_errors"], count["collapsed"]),
         }
+
+
+class TokenLoss(Metric):
+    """The loss of a split: the mean over its tokens, in whatever batches and processes they came.
+
+    Lightning's own mean, weighted by tokens, rounds half their number down when it adds up processes.
+    """
+
+    full_state_update = False
+    total: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor, tokens: Tensor) -> None:
+        """Add a batch: its loss summed over tokens, and their number."""
+        self.total += total.float()
+        self.tokens += tokens
+
+    def compute(self) -> Tensor:
+        return self.total / self.tokens

@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,6 +21,7 @@ import torch
 from paragraph_ocr import build, build_model, console
 from paragraph_ocr.config import Experiment
 from paragraph_ocr.ends import explain_end
+from paragraph_ocr.errors import UserError
 from paragraph_ocr.learning.callbacks import (
     KeepWeights,
     Measure,
@@ -38,6 +39,7 @@ from paragraph_ocr.learning.checkpoint import (
     restore_best,
 )
 from paragraph_ocr.learning.learner import Learner
+from paragraph_ocr.learning.processes import Processes
 from paragraph_ocr.resume import Unfinished, find_unfinished, held, identity, write_story
 from paragraph_ocr.stored import CONFIG, write_config
 from paragraph_ocr.tracking import OUTBOX, PARENT_VARIABLE, TrackedRun, database_uri
@@ -127,7 +129,7 @@ def run(
             os.environ[FOLDER_VARIABLE] = str(folder)
             write_config(experiment, folder)
         else:
-            folder = Path(os.environ[FOLDER_VARIABLE])
+            folder = Path(_folder_of_the_first())
         with held(folder) if first and not before else nullcontext():
             job = _Job(experiment, learner, folder=folder, name=name, watch=watch, began=began)
             return job.run(before=before, checkpoint=checkpoint, tags=tags or {}, first=first)
@@ -184,7 +186,8 @@ class _Job:
         if first:
             self._tell(status="running")
         try:
-            with self._ending_in_order(), tracked.ending() if tracked else nullcontext():
+            ending = tracked.ending() if tracked else nullcontext()
+            with self._ending_in_order(), ending, ExitStack() as self.stack:
                 try:
                     metrics, seconds = self._work(checkpoint)
                 except Exception as error:
@@ -253,6 +256,7 @@ class _Job:
         )
         if checkpoint is not None:
             restore_best(checkpoint, self.keep.best_path)
+        self.stack.enter_context(_together(trainer, tracked))
         fit_began = time.perf_counter()
         trainer.fit(learner, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
         metrics = self.checkpoints.metrics | _metrics(trainer)
@@ -334,6 +338,11 @@ def _announce(experiment: Experiment, learner: Learner) -> None:
     )
     if trainer.accelerator == "auto" and not torch.cuda.is_available():
         console.warn("No GPU here: training on the CPU in float32, which will be slow.")
+    if build.differing_norms(experiment, learner.recognizer):
+        console.warn(
+            "BatchNorm learns from each process's own pages on CPUs, so figures differ from those of one "
+            "process. Pass model.encoder.freeze=true to have them equal."
+        )
     regularized = any(asdict(experiment.regularization.augmentation).values())
     if trainer.overfit_batches and (regularized or experiment.regularization.token_noise):
         console.say("Memorising: augmentation and token noise are off.")
@@ -426,15 +435,49 @@ def _ui_command(experiment: Experiment) -> str:
     return "nox -s ui" if experiment.outputs == "outputs" else f"nox -s ui -- {outputs}"
 
 
+def _folder_of_the_first() -> str:
+    """Return the run folder that the first process has told this one.
+
+    Raises:
+        UserError: something else than this program has started this process.
+    """
+    try:
+        return os.environ[FOLDER_VARIABLE]
+    except KeyError as error:
+        raise UserError(
+            "LOCAL_RANK is set, and train.py starts its processes by itself. Type `python train.py "
+            "trainer=ddp` without torchrun."
+        ) from error
+
+
+def _together(trainer: pl.Trainer, tracked: TrackedRun | None) -> AbstractContextManager[None]:
+    """Return a context in which this run's processes end together."""
+    if not isinstance(trainer.strategy, Processes):
+        return nullcontext()
+
+    def give_up(line: str) -> None:
+        """End this process from a thread: its main one waits for what will never come."""
+        console.error(line)
+        if tracked:
+            tracked.tag("reason", line)
+            tracked.end("FAILED")
+        os._exit(1)
+
+    return trainer.strategy.watched(give_up)
+
+
 def _quiet_lightning() -> None:
     """Leave out Lightning's advertisements and what it says of settings that are meant."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for text in (
         ".*does not have many workers.*",
         ".*The number of training batches.*",
         ".*LeafSpec.*",
         ".*resuming from a checkpoint that ended before the epoch.*",  # the sampler goes on
         ".*GPU available but not used.*",
+        ".*sync_dist=True.*",  # metrics sum over processes by themselves
+        ".*broadcast_buffers.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*module.s. in eval mode at the start of training.*",
     ):

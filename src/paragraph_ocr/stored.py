@@ -12,7 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from paragraph_ocr.checks import check_values
+from paragraph_ocr.checks import check_together, check_values
 from paragraph_ocr.config import SCHEMAS, Experiment
 from paragraph_ocr.errors import UserError
 
@@ -43,12 +43,18 @@ def read_config(path: Path) -> Experiment:
     """
     file = path / CONFIG if path.is_dir() else path
     try:
-        if file.stat().st_size > _MAX_BYTES:
+        if not file.is_file():
+            raise UserError(f"{file} is no file. Pass a run folder.")
+        with file.open("rb") as stream:
+            content = stream.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
             raise UserError(f"{file} is larger than any config. Pass a run folder.")
-        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_PlainLoader)
+        tree = yaml.load(content.decode(), Loader=_PlainLoader)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}. Pass a run folder.") from error
-    except (yaml.YAMLError, RecursionError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} cannot be read: {said}. Pass a run folder.") from error
+    # YAML's own numbers and dates may be none, or have more digits than Python reads
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError, TypeError) as error:
         first = " ".join(str(error).split())[:200]
         raise UserError(f"{file} is no config of a run: {first}. Pass a run folder.") from error
     return experiment_of(tree, source=str(file))
@@ -62,7 +68,9 @@ def experiment_of(tree: Any, *, source: str) -> Experiment:
     """
     remedy = "It belongs to another version, or was changed by hand."
     schemas = tree.get("schema") if isinstance(tree, dict) else None
-    if not isinstance(schemas, dict) or not all(schemas.get(node) in SCHEMAS for node in _KINDS):
+    if not isinstance(schemas, dict) or not all(
+        isinstance(schemas.get(node), str) and schemas[node] in SCHEMAS for node in _KINDS
+    ):
         raise UserError(f"{source} is no config of a run: it names no schema. {remedy}")
     node = OmegaConf.structured(Experiment)
     try:
@@ -79,10 +87,13 @@ def experiment_of(tree: Any, *, source: str) -> Experiment:
             raise UserError(f"{source}: {key} has no value. {remedy}")
         check_values(merged)
         experiment = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
+    except (
+        OmegaConfBaseException, TypeError, ValueError, OverflowError, RecursionError, AttributeError,
+    ) as error:  # fmt: skip
         first = " ".join(str(error).split())[:200]
         raise UserError(f"{source}: {first}. {remedy}") from error
     assert isinstance(experiment, Experiment)
+    check_together(experiment)
     return experiment
 
 

@@ -20,6 +20,10 @@ class ParentRun(Callback):
     def __init__(self) -> None:
         self._open = contextlib.ExitStack()
 
+    def __reduce__(self) -> Any:
+        """Travel empty: a launcher may send this to a job's process, which closes nothing."""
+        return type(self), ()
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if config.tracking.name == "off" or config.hydra.sweeper.get("study_name"):
             return  # a study's run is the search's own, shared by its processes and restarts

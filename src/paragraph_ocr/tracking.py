@@ -224,14 +224,18 @@ class TrackedRun:
         finally:
             if monitor is not None:
                 monitor.finish()
-            self.flush()
-            self._sender.try_again_at = 0.0
-            self._sender.send("end", status=RunStatus.to_string(status))
+            self.end(RunStatus.to_string(status))
             if self._sender.waiting and self._outbox is not None:
                 console.warn(
                     f"MLflow did not take all of this run: the rest waits in {self._outbox}. "
                     f"Send it later with python scripts/send.py {self._outbox.parent}"
                 )
+
+    def end(self, status: str) -> None:
+        """Say how the run ended, whatever waits before it."""
+        self.flush()
+        self._sender.try_again_at = 0.0
+        self._sender.send("end", status=status)
 
     def logger(self) -> Logger:
         """Return Lightning's logger on this run."""

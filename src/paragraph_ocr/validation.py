@@ -1,6 +1,7 @@
 """The one door through which YAML becomes Python, and one line for every mistake made before it."""
 
 import re
+import traceback
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -42,7 +43,9 @@ def compose(overrides: list[str]) -> DictConfig:
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return hydra_compose("train", overrides)
-    except REFUSALS as error:
+    except Exception as error:
+        if not is_refusal(error):
+            raise
         raise explain(error) from error
 
 
@@ -95,12 +98,25 @@ def validate(composed: DictConfig) -> Experiment:
         for missing in sorted(OmegaConf.missing_keys(composed)):
             raise UserError(f"{missing} has no value. Pass {missing}=<value>.")
         experiment = OmegaConf.to_object(composed)
-    except REFUSALS as error:
+    except Exception as error:
+        if not is_refusal(error):
+            raise
         raise explain(error) from error
     assert isinstance(experiment, Experiment)
     check_values(composed)
     check_combinations(experiment)
     return experiment
+
+
+def is_refusal(error: Exception) -> bool:
+    """Return whether Hydra or what it is made of raised this: it has plain ValueErrors for some mistakes."""
+    if isinstance(error, UserError):
+        return False
+    frames = [
+        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    raised_in = frames[-1].partition(".")[0] if frames else ""
+    return isinstance(error, REFUSALS) or raised_in in {"hydra", "omegaconf", "antlr4", "yaml"}
 
 
 def explain(error: Exception) -> UserError:

@@ -125,22 +125,36 @@ def test_a_description_says_counts_size_and_lengths(make, noise):
         assert part in described
 
 
-@pytest.mark.parametrize("length", [1, 7, 12])
+@pytest.mark.parametrize("length", [1, 7, 12, 13])
 @pytest.mark.parametrize("world_size", [1, 2, 5])
-def test_processes_share_the_positions_between_them(length, world_size):
-    for seed in (None, 0):
-        shares = [
-            Order(length, seed=seed, rank=rank, world_size=world_size) for rank in range(world_size)
-        ]
-        assert sorted(chain(*shares)) == list(range(length))
-        even = [
-            Order(length, seed=seed, rank=rank, world_size=world_size, even=True)
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_processes_share_the_positions_between_them(length, world_size, batch_size):
+    def shares(seed, **steps):
+        return [
+            list(Order(length, seed=seed, rank=rank, world_size=world_size, **steps))
             for rank in range(world_size)
         ]
-        assert len({len(share) for share in even}) == 1
-        assert {position for share in even for position in share} == set(range(length))
-        for share in (*shares, *even):
-            assert len(list(share)) == len(share)
+
+    for seed in (None, 0):
+        once = shares(seed)
+        assert sorted(chain(*once)) == list(range(length))
+        in_step = shares(seed, steps_of=batch_size)
+        assert len({-(-len(share) // batch_size) for share in in_step}) == 1
+        assert {position for share in in_step for position in share} == set(range(length))
+        assert sum(map(len, in_step)) < length + world_size
+        for rank, share in enumerate(in_step):
+            sampler = Order(
+                length, seed=seed, rank=rank, world_size=world_size, steps_of=batch_size
+            )
+            assert len(sampler) == len(share)
+
+
+def test_processes_take_each_step_what_one_process_would(noise):
+    (whole,) = [list(Order(22, seed=3))]
+    shares = [list(Order(22, seed=3, rank=rank, world_size=2, steps_of=2)) for rank in range(2)]
+    for step in range(6):
+        mine = [position for share in shares for position in share[2 * step : 2 * step + 2]]
+        assert sorted(mine) == sorted(whole[4 * step : 4 * step + 4])
 
 
 class Recorder(pl.LightningModule):

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from paragraph_ocr.data import layout
 from paragraph_ocr.data.folder import FolderCorpus
-from paragraph_ocr.data.layout import Region, read_layout
+from paragraph_ocr.data.layout import Region
 from paragraph_ocr.data.store import Store
 from paragraph_ocr.errors import UserError
 
@@ -49,6 +50,10 @@ BOX = ((10, 20), (110, 20), (110, 80), (10, 80))
 TRIANGLE = ((10, 100), (110, 100), (60, 200))
 
 
+def read(path):
+    return layout.read_layout(path, path.read_bytes())
+
+
 def written(tmp_path, text, name="layout.xml"):
     (tmp_path / name).write_text(text)
     return tmp_path / name
@@ -56,7 +61,7 @@ def written(tmp_path, text, name="layout.xml"):
 
 @pytest.mark.parametrize("version", ["2013-07-15", "2019-07-15"])
 def test_page_regions_are_read_exactly(tmp_path, version):
-    assert read_layout(written(tmp_path, PAGE.replace("{version}", version))) == [
+    assert read(written(tmp_path, PAGE.replace("{version}", version))) == [
         Region("scan.png", "r1", "first & line\nsecond", BOX),
         Region("scan.png", "r2", "as a whole", TRIANGLE),
     ]
@@ -64,7 +69,7 @@ def test_page_regions_are_read_exactly(tmp_path, version):
 
 @pytest.mark.parametrize("version", ["ns-v2", "ns-v4"])
 def test_alto_blocks_are_read_exactly(tmp_path, version):
-    assert read_layout(written(tmp_path, ALTO.replace("{version}", version))) == [
+    assert read(written(tmp_path, ALTO.replace("{version}", version))) == [
         Region("scan.png", "b1", "first & line\nsec-", BOX),
         Region("scan.png", "b2", "no blanks", TRIANGLE),
     ]
@@ -111,7 +116,7 @@ OUTSIDE = '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/hostname">]><PcGts>&x;</P
 )
 def test_what_is_no_layout_is_one_line(tmp_path, text, said):
     with pytest.raises(UserError, match=said) as refusal:
-        read_layout(written(tmp_path, text))
+        read(written(tmp_path, text))
     assert "\n" not in str(refusal.value)
 
 

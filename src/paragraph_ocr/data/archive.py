@@ -7,6 +7,7 @@ import gzip
 import io
 import os
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -19,9 +20,13 @@ from paragraph_ocr.errors import UserError
 MAX_MEMBER_BYTES = 512 * 2**20
 """Of one file in an archive: a page at 1,200 dpi, uncompressed, is a quarter of it."""
 
+MAX_TEXT_BYTES = 64 * 2**20
+"""Of a manifest, a transcription or an XML file outside of archives."""
+
 MAX_RATIO = 200
 """Of the bytes of all files to those of the archive; XML has 20, a bomb 1,000 and more."""
 
+_MAX_HEADER_BYTES = 2**20  # of a long name, or of what else a tar header may say
 _HARMLESS_BYTES = 16 * 2**20  # a small archive of blank pages may well be packed a thousandfold
 
 _TARS = (".tgz", ".tar.gz", ".tar")
@@ -81,6 +86,8 @@ class Source:
                 link = stat.S_IFMT(info.external_attr >> 16) == stat.S_IFLNK
                 if info.is_dir() or not (link or wanted(name)):
                     continue
+                if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise NotImplementedError(f"{name} is packed by another method than deflate")
                 if info.flag_bits & 1:
                     raise UserError(
                         f"{self.path}: {name} is encrypted. Pack it without a password."
@@ -114,11 +121,14 @@ class Source:
                     if info.isfile() and wanted(name):
                         file = archive.extractfile(info)
                         assert file is not None
-                        yield Member(name, f"{self.path}: {name}", _read(file, info.size))
+                        noted.most = MAX_MEMBER_BYTES
+                        data = _read(file, info.size)
+                        noted.most = _MAX_HEADER_BYTES
+                        yield Member(name, f"{self.path}: {name}", data)
             if noted.last.strip(b"\0") or len(noted.last) < tarfile.BLOCKSIZE:
                 # tarfile takes any end for the end; a whole archive ends in blocks of zeros
                 raise tarfile.ReadError("its end is missing")
-            while noted.read(2**20):  # to the end, where gzip keeps its checksum
+            while noted.read(_MAX_HEADER_BYTES):  # to the end, where gzip keeps its checksum
                 pass
 
 
@@ -155,10 +165,7 @@ def files_of(root: Path, *, skip: Collection[str] = ()) -> list[Path]:
                 continue
             path = Path(entry.path)
             if entry.is_symlink():
-                if not path.resolve().is_relative_to(inside) or not path.exists():
-                    raise UserError(
-                        f"{path} leads outside of {root} or nowhere. Put what it points to there."
-                    )
+                check_inside(path, root)
                 if path.is_dir():
                     continue
             if entry.is_file():
@@ -166,8 +173,49 @@ def files_of(root: Path, *, skip: Collection[str] = ()) -> list[Path]:
             elif entry.is_dir() and entry.name not in skip:
                 yield from walk(path)
 
-    inside = root.resolve()
     return sorted(walk(root))
+
+
+def check_inside(path: Path, root: Path) -> None:
+    """Check that a path, its links followed, is a file or folder in the folder.
+
+    Raises:
+        UserError: it leads outside or nowhere.
+    """
+    try:
+        leads_out = not path.resolve(strict=True).is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError):  # nowhere, links in a ring, or no path at all
+        leads_out = True
+    if leads_out:
+        raise UserError(f"{path} leads outside of {root} or nowhere. Put what it points to there.")
+
+
+def read_text(path: Path, *, root: Path) -> str:
+    """Return the text of a file that lies in a folder, its lines ended by newlines.
+
+    Raises:
+        UserError: a link that leads out, no regular file, more than MAX_TEXT_BYTES, or not UTF-8.
+    """
+    try:
+        text = read_bytes(path, root=root).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8. Save it so.") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_bytes(path: Path, *, root: Path) -> bytes:
+    """Return a file's bytes; see `read_text`."""
+    check_inside(path, root)
+    if not path.is_file():
+        raise UserError(f"{path} is no file. Take it out.")
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Take it out.") from error
+    if len(content) > MAX_TEXT_BYTES:
+        raise UserError(f"{path} has more than {MAX_TEXT_BYTES:,} bytes. Split it.")
+    return content
 
 
 def _refusing(path: Path, members: Iterator[Member]) -> Iterator[Member]:
@@ -175,9 +223,13 @@ def _refusing(path: Path, members: Iterator[Member]) -> Iterator[Member]:
     remedy = "Fetch it again."
     try:
         yield from members
-    except (EOFError, zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is cut short or broken: {error}. {remedy}") from error
-    except (NotImplementedError, RuntimeError) as error:
+    except (
+        EOFError, zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, struct.error,
+        ValueError, OverflowError, RecursionError,
+    ) as error:  # fmt: skip
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is cut short or broken: {said}. {remedy}") from error
+    except RuntimeError as error:
         raise UserError(f"{path} cannot be unpacked: {error}. Pack it as a plain .zip.") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}. {remedy}") from error
@@ -244,9 +296,10 @@ class _LastRead(io.RawIOBase):
 
     def __init__(self, file: io.BufferedIOBase) -> None:
         self._file, self.last = file, b""
+        self.most = _MAX_HEADER_BYTES
 
     def read(self, size: int = -1) -> bytes:
-        if size > MAX_MEMBER_BYTES:  # tarfile takes whole what a header says that a long name has
+        if size > self.most:  # tarfile takes whole what a header says that a long name has
             raise tarfile.ReadError("a header claims too much")
         self.last = self._file.read(size)
         return self.last

@@ -38,8 +38,9 @@ class Order(DistributedSampler[int]):
 
     Args:
         seed: None keeps positions in order.
-        even: repeat a few positions, so that every process gets as many (training needs that, and a
-            score must not have it).
+        steps_of: paragraphs in a batch, if every process must have as many batches (training needs
+            that, and a score must not have it): where shares differ by a batch, positions are repeated,
+            fewer than there are processes.
         start: epoch, and positions of this process that are done in it: where a resumed run goes on.
     """
 
@@ -50,11 +51,11 @@ class Order(DistributedSampler[int]):
         seed: int | None,
         rank: int = 0,
         world_size: int = 1,
-        even: bool = False,
+        steps_of: int | None = None,
         start: tuple[int, int] = (0, 0),
     ) -> None:
         self.length, self.order_seed = length, seed
-        self.rank, self.num_replicas, self.even = rank, world_size, even
+        self.rank, self.num_replicas, self.steps_of = rank, world_size, steps_of
         self.start = start
         self.epoch = start[0]  # the first iterator is made before Lightning calls `set_epoch`
 
@@ -70,9 +71,12 @@ class Order(DistributedSampler[int]):
         return iter((self.epoch * self.length + mine[done:]).tolist())
 
     def _total(self) -> int:
-        if not self.even:
+        if self.steps_of is None:
             return self.length
-        return -(-self.length // self.num_replicas) * self.num_replicas
+        most, fewest = -(-self.length // self.num_replicas), self.length // self.num_replicas
+        if -(-most // self.steps_of) == -(-fewest // self.steps_of):
+            return self.length
+        return most * self.num_replicas
 
 
 class ParagraphDataModule(pl.LightningDataModule):
@@ -241,12 +245,18 @@ class ParagraphDataModule(pl.LightningDataModule):
 
     def _loader(self, split: str, *, seed: int | None) -> DataLoader[Item]:
         dataset = self._datasets[split]
+        world_size = self.trainer.world_size if self.trainer else 1
+        if split != "train" and world_size > max(1, len(dataset)):
+            raise UserError(  # a process without a paragraph has nothing to add to the score
+                f"trainer.devices={world_size} are more than the {len(dataset)} paragraphs of {split}. "
+                f"Pass trainer.devices={max(1, len(dataset))}."
+            )
         sampler = Order(
             len(dataset),
             seed=seed,
             rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1,
-            even=split == "train",
+            world_size=world_size,
+            steps_of=self.batch_size if split == "train" else None,
             start=(self._start[0], self._start[1] * self.batch_size)
             if split == "train"
             else (0, 0),

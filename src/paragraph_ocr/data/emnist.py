@@ -1,6 +1,7 @@
 """EMNIST (Cohen et al. 2017): its files as NIST gives them, single characters, and lines joined of them."""
 
 import gzip
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 
 from paragraph_ocr import console
 from paragraph_ocr.data import text
+from paragraph_ocr.data.archive import files_of
 from paragraph_ocr.data.corpus import Progress, digest, is_prepared, store_path, write_store
 from paragraph_ocr.data.paragraph import Paragraph
 from paragraph_ocr.data.text import Passages
@@ -308,9 +310,13 @@ def join(
 
 
 def _locate(root: Path, name: str, *, archive: str) -> _File | None:
-    for path in sorted(root.rglob(name)):
-        return _File(path, None)
-    for path in sorted(root.rglob(archive)):
+    files = files_of(root)
+    for path in files:
+        if path.name == name:
+            return _File(path, None)
+    for path in files:
+        if path.name != archive:
+            continue
         with _one_line_for(_File(path, None)), zipfile.ZipFile(path) as opened:
             for member in opened.namelist():
                 if member.rpartition("/")[2] == name:
@@ -364,8 +370,8 @@ def _read_matlab(file: _File) -> dict[str, Half]:
                     raise ValueError(f"{name} images are {images.dtype} {images.shape}")
                 upright = images.reshape(-1, SIZE_PX, SIZE_PX).transpose(0, 2, 1)
                 halves[name] = Half(upright, labels.astype(np.uint8))
-        except (KeyError, IndexError, TypeError, NotImplementedError) as error:
-            raise ValueError(f"it is not EMNIST's MATLAB 5 file ({error!r})") from error
+        except Exception as error:  # scipy raises whatever a broken file leads it to
+            raise ValueError(f"it is not EMNIST's MATLAB 5 file ({repr(error)[:200]})") from error
     return halves
 
 
@@ -395,7 +401,9 @@ def _check_unpacked_size(file: _File, content: bytes) -> None:
 @contextmanager
 def _one_line_for(file: _File) -> Iterator[None]:
     """Turn what a broken file raises into one line."""
-    broken = (OSError, EOFError, zlib.error, zipfile.BadZipFile, ValueError, RuntimeError)
+    broken = (
+        OSError, EOFError, zlib.error, zipfile.BadZipFile, ValueError, RuntimeError, struct.error,
+    )  # fmt: skip
     try:
         yield
     except broken as error:

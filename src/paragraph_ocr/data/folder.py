@@ -9,6 +9,7 @@ from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 
+from paragraph_ocr.data.archive import check_inside, read_bytes, read_text
 from paragraph_ocr.data.corpus import Progress, digest, is_prepared, store_path, write_store
 from paragraph_ocr.data.layout import Polygon, read_layout
 from paragraph_ocr.data.paragraph import SPLITS, Paragraph
@@ -85,7 +86,7 @@ class FolderCorpus:
         Raises:
             UserError: names the first line or file that cannot be used.
         """
-        manifests = [name for name in MANIFESTS if (self.folder / name).is_file()]
+        manifests = [name for name in MANIFESTS if (self.folder / name).exists()]
         if len(manifests) > 1:
             raise UserError(f"{self._here}: both {' and '.join(manifests)} are there. Leave one.")
         layouts = sorted(self.folder.rglob("*.xml"))
@@ -109,13 +110,16 @@ class FolderCorpus:
     def _here(self) -> str:
         return f"datamodule.root={self.folder}"
 
-    def _listed(self, manifest: str) -> Iterator[Entry]:
+    def _table(self, manifest: str, text: str) -> Iterator[object]:
         try:
-            text = (self.folder / manifest).read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self._here}: {manifest} is not UTF-8. Save it so.") from error
+            yield from csv.DictReader(text.splitlines(True))
+        except csv.Error as error:
+            raise UserError(f"{self._here}: {manifest} is no CSV: {error}. Mend it.") from error
+
+    def _listed(self, manifest: str) -> Iterator[Entry]:
+        text = read_text(self.folder / manifest, root=self.folder)
         if manifest.endswith(".csv"):
-            rows: Iterator[tuple[int, object]] = enumerate(csv.DictReader(text.splitlines(True)), 2)
+            rows: Iterator[tuple[int, object]] = enumerate(self._table(manifest, text), 2)
         else:
             lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
             rows = ((number, _json(line)) for number, line in lines)
@@ -126,7 +130,7 @@ class FolderCorpus:
             fields = [row.get(key) or "" for key in ("image", "text", "split", "writer")]
             for value in fields:
                 if not isinstance(value, str):
-                    raise UserError(f"{where}: {value!r} is no text. Mend that line.")
+                    raise UserError(f"{where}: {repr(value)[:80]} is no text. Mend that line.")
             if not fields[0]:
                 raise UserError(f"{where} has no image. Give image and text.")
             image, text, split, writer = fields
@@ -140,14 +144,11 @@ class FolderCorpus:
             name = path.relative_to(self.folder).as_posix()
             if not text.is_file():
                 raise UserError(f"{self._here}: {name} has no {text.name} beside it. Add it.")
-            try:
-                yield Entry(name, text.read_text(encoding="utf-8-sig").strip("\n"))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{self._here}: {text.name} is not UTF-8. Save it so.") from error
+            yield Entry(name, read_text(text, root=self.folder).strip("\n"))
 
     def _marked(self, layouts: list[Path]) -> Iterator[Entry]:
         for path in layouts:
-            for region in read_layout(path):
+            for region in read_layout(path, read_bytes(path, root=self.folder)):
                 names = [path.parent / region.image, path.parent.parent / region.image]
                 image = next((name for name in names if name.is_file()), names[0])
                 inside = image.absolute().is_relative_to(self.folder.absolute())
@@ -155,12 +156,23 @@ class FolderCorpus:
                 yield Entry(name, region.text, region=region.id, polygon=region.polygon)
 
     def _check(self, entry: Entry) -> None:
+        for value in astuple(entry)[:5]:
+            if "\0" in value or not _is_unicode(value):
+                raise UserError(
+                    f"{self._here}: {value[:80]!r} holds what is no character. Take it out."
+                )
         path = self.folder / entry.image
-        inside = self.folder.resolve()
-        if Path(entry.image).is_absolute() or not path.resolve().is_relative_to(inside):
+        if Path(entry.image).is_absolute() or ".." in Path(entry.image).parts:
             raise UserError(f"{self._here}: {entry.image} lies outside the folder. Move it inside.")
-        if not path.is_file():
-            raise UserError(f"{self._here}: {entry.image} does not exist. Add it or take it out.")
+        try:
+            there = path.is_file()
+        except OSError:  # a name longer than any
+            there = False
+        if not there:
+            raise UserError(
+                f"{self._here}: {entry.image[:200]} does not exist. Add it or take it out."
+            )
+        check_inside(path, self.folder)
         if not entry.text.strip():
             raise UserError(
                 f"{self._here}: {entry.image} has an empty transcription. Give its text."
@@ -215,8 +227,17 @@ def _deal(units: set[str]) -> dict[str, str]:
 def _json(line: str) -> object:
     try:
         return json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, a number of too many digits, or too deep
         return None
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text can be written; JSON may hold half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read(corpus: FolderCorpus, page: tuple[Entry, str]) -> PackedParagraph:

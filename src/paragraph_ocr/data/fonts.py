@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from fontTools.ttLib import TTFont, TTLibError
+from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 
 from paragraph_ocr.errors import UserError
@@ -164,8 +164,8 @@ def _examine(path: Path, characters: str) -> tuple[str, tuple[float, float] | No
             weights = next(((a.minValue, a.maxValue) for a in axes if a.axisTag == "wght"), None)
         font_at_40 = _open(path, 40, None)
         blank = [c for c in visible if ord(c) in known and not _draws(font_at_40, c)]
-    except (TTLibError, OSError) as error:
-        return f"unreadable: {error}".splitlines()[0], None
+    except Exception as error:  # parsers of tables raise whatever a broken file leads them to
+        return f"unreadable: {error}".splitlines()[0][:200], None
     return "".join(c for c in visible if ord(c) not in known or c in blank), weights
 
 

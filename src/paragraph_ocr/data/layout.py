@@ -10,9 +10,11 @@ from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
 
 from defusedxml import DefusedXmlException
-from defusedxml.ElementTree import parse
+from defusedxml.ElementTree import fromstring
 
 from paragraph_ocr.errors import UserError
+
+_FARTHEST_PX = 1_000_000
 
 Polygon = tuple[tuple[int, int], ...]
 """Corners (x, y) in pixels of the scan."""
@@ -29,27 +31,29 @@ class Region:
     polygon: Polygon
 
 
-def read_layout(path: Path) -> list[Region]:
+def read_layout(path: Path, content: bytes) -> list[Region]:
     """Return the regions that have text, in the order of the file; lines are parted by newlines.
 
     Raises:
         UserError: broken XML, entities or a DTD in it, neither PAGE nor ALTO, or no corners.
     """
     try:
-        root = parse(path, forbid_dtd=True).getroot()
-    except ParseError as error:
+        root = fromstring(content, forbid_dtd=True)
+    except (ParseError, LookupError) as error:
         raise UserError(f"{path} is broken XML: {error}. Export it again.") from error
     except DefusedXmlException as error:
         raise UserError(
             f"{path} declares a DTD or entities, which are not read. Remove them."
         ) from error
+    except ValueError as error:  # an encoding that the parser does not know
+        raise UserError(f"{path} is broken XML: {error}. Export it again.") from error
     kind = _name(root)
     try:
         if kind == "PcGts":
             return list(_page(root))
         if kind == "alto":
             return list(_alto(root))
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path} lacks what a {kind} file needs: {error}. Export it again."
         ) from error
@@ -57,7 +61,7 @@ def read_layout(path: Path) -> list[Region]:
 
 
 def _page(root: Element) -> Iterator[Region]:
-    for page in _all(root, "Page"):
+    for page in _children(root, "Page"):
         for region in _all(page, "TextRegion"):
             lines = [_unicode(line) for line in _children(region, "TextLine")]
             # a region may be transcribed as a whole, without lines
@@ -112,6 +116,8 @@ def _outline(block: Element) -> Polygon:
     x, y, width, height = (
         round(float(block.attrib[key])) for key in ("HPOS", "VPOS", "WIDTH", "HEIGHT")
     )
+    if max(map(abs, (x, y, width, height))) > _FARTHEST_PX:
+        raise ValueError("a block lies farther off than any page is wide")
     return ((x, y), (x + width, y), (x + width, y + height), (x, y + height))
 
 
@@ -119,7 +125,9 @@ def _points(text: str) -> Polygon:
     """Return corners from "x,y x,y" or "x y x y"."""
     numbers = [round(float(number)) for number in text.replace(",", " ").split()]
     if len(numbers) < 6 or len(numbers) % 2:
-        raise ValueError(f"{text!r} is no polygon")
+        raise ValueError(f"{text[:80]!r} is no polygon")
+    if max(map(abs, numbers)) > _FARTHEST_PX:
+        raise ValueError("a corner lies farther off than any page is wide")
     return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
 

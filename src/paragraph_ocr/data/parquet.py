@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
 _ROWS = 64  # read at a time
 
+MAX_RATIO = 200
+"""Of the bytes of all columns to those of the file; scans are packed already."""
+
+_HARMLESS_BYTES = 16 * 2**20
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -58,7 +63,14 @@ def records(path: Path) -> Iterator[Record]:
                 if not isinstance(text, str) or not text.strip():
                     raise UserError(f"{where} has an empty transcription. Give its text.")
                 yield Record(f"{path.name}#{number}", where, image, text.strip())
-    except (_arrow().ArrowException, OSError) as error:
+    except (
+        _arrow().ArrowException,
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        MemoryError,
+    ) as error:
         raise _broken(path, error) from error
 
 
@@ -76,8 +88,17 @@ def _open(path: Path) -> "ParquetFile":
     arrow = _arrow()
     try:
         file = arrow.parquet.ParquetFile(path)
-    except (_arrow().ArrowException, OSError) as error:
+    except (_arrow().ArrowException, OSError, ValueError, MemoryError) as error:
         raise _broken(path, error) from error
+    claimed = sum(
+        file.metadata.row_group(index).total_byte_size
+        for index in range(file.metadata.num_row_groups)
+    )
+    if claimed > max(_HARMLESS_BYTES, MAX_RATIO * path.stat().st_size):
+        raise UserError(
+            f"{path} unpacks to {claimed:,} bytes, like a decompression bomb (at most {MAX_RATIO} times "
+            "the file). Do not trust it."
+        )
     lacking = {"image", "text"} - set(file.schema_arrow.names)
     if lacking:
         raise UserError(
@@ -87,5 +108,5 @@ def _open(path: Path) -> "ParquetFile":
 
 
 def _broken(path: Path, error: Exception) -> UserError:
-    said = str(error).splitlines()[0]
+    said = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return UserError(f"{path} is no whole Parquet file: {said} Fetch it again.")

@@ -81,8 +81,10 @@ def read_grey(file: Path | bytes | Image.Image, *, where: str) -> np.ndarray:
         ) from error
     except UnidentifiedImageError as error:
         raise UserError(f"{where} is no {', '.join(FORMATS)} image. Convert it.") from error
-    except _BROKEN as error:
-        said = " ".join(str(error).split())
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise whatever a broken file leads them to
+        said = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{where} cannot be read: {said}. Mend it or take it out.") from error
 
 

@@ -15,6 +15,7 @@ import json
 import os
 import time
 import zlib
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,19 @@ import h5py
 import numpy as np
 
 from paragraph_ocr.data.paragraph import SPLITS, Paragraph
-from paragraph_ocr.errors import Stopped, UserError
+from paragraph_ocr.errors import UserError
 
 FORMAT = "paragraph_ocr store"
 VERSION = 1
 
 _NUMBERS: dict[str, tuple[int, ...]] = {"canvas": (), "place": (), "size": (2,)}
 _WORDS = ("text", "split", "source", "writer")
+
+MAX_ROWS = 10_000_000
+MAX_CANVAS_PX = 65_535
+"""Of each side; a canvas has no more than `MAX_PIXELS`."""
+MAX_PIXELS = 150_000_000
+_SLICE_BYTES = 2**26  # of text read at a time, if every row were as long as the file allows
 
 _GZIP_LEVEL = 1  # level 4 saves 8% of the bytes and writes at half the speed
 _ABANDONED_S = 86_400  # since the last write; then its writer is dead
@@ -241,17 +248,50 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         with self._open() as file:
-            self.fingerprint = str(file.attrs["fingerprint"])
-            self.canvases = [(int(h), int(w)) for h, w in file.attrs["canvases"]]
-            self._canvas_of = _column(file, "canvas")[:]
-            self._places = _column(file, "place")[:]
-            self.sizes = _column(file, "size")[:]
-            """True height and width of each row in pixels."""
-            self.texts, self.splits, self.sources, self.writers = (
-                _column(file, name).asstr()[:].tolist() for name in _WORDS
-            )
+            try:
+                self._read_columns(file)
+            except (KeyError, ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
+                raise self._broken(error) from error
         self._images: list[h5py.Dataset] = []
         self._owner: int | None = None  # the process that opened the file
+
+    def _read_columns(self, file: h5py.File) -> None:
+        """Read everything but the images, each size checked before memory is taken for it.
+
+        Raises:
+            ValueError: a type, shape or number that no store has.
+        """
+        self.fingerprint = str(file.attrs["fingerprint"])
+        canvases = np.asarray(file.attrs["canvases"])
+        if canvases.ndim != 2 or canvases.shape[1] != 2 or canvases.dtype.kind not in "iu":
+            raise ValueError(f"canvases are {canvases.dtype} {canvases.shape}")
+        self.canvases = [(int(h), int(w)) for h, w in canvases]
+        for height, width in self.canvases:
+            if not 0 < max(height, width) <= MAX_CANVAS_PX or not 0 < height * width <= MAX_PIXELS:
+                raise ValueError(f"a canvas is {height}x{width} px")
+        length = len(_column(file, "canvas"))
+        if length > MAX_ROWS:
+            raise ValueError(f"it claims {length:,} rows, and {MAX_ROWS:,} are the most")
+        self._canvas_of, self._places, self.sizes = (
+            _numbers(_column(file, name), name, (length, *width))
+            for name, width in _NUMBERS.items()
+        )
+        """True height and width of each row in pixels."""
+        pages = sum(_images(file, canvas).id.get_storage_size() for canvas in self.canvases)
+        beside = file.id.get_filesize() - pages  # as long as a text can be
+        if beside < 0:
+            raise ValueError("its images claim more than the file")
+        self.texts, self.splits, self.sources, self.writers = (
+            _words(_column(file, name), name, length, longest=beside) for name in _WORDS
+        )
+        if length and not 0 <= self._canvas_of.min() <= self._canvas_of.max() < len(self.canvases):
+            raise ValueError("a row names a canvas that is not there")
+        if length and (self._places.min() < 0 or self.sizes.min() < 1):
+            raise ValueError("a row has no place or no size")
+        if length and (self.sizes > np.array(self.canvases)[self._canvas_of]).any():
+            raise ValueError("a page is larger than its canvas")
+        if unknown := {*self.splits} - {*SPLITS}:
+            raise ValueError(f"a row is of split {sorted(unknown)[0][:20]!r}")
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -276,20 +316,18 @@ class Store:
         """Return the row's whole canvas, uint8 (H, W): 0 is paper, 255 is ink.
 
         Raises:
-            Stopped: the file went away or bad since it was opened.
+            UserError: the file went bad since it was opened.
         """
         if self._owner != os.getpid():
             # a handle carried over a fork shares its state with the parent: forget it
             file = self._open()
-            self._images = [_column(file, f"images/{h}x{w}") for h, w in self.canvases]
+            self._images = [_images(file, canvas) for canvas in self.canvases]
             self._owner = os.getpid()
+        canvas = self.canvases[self._canvas_of[row]]
         try:
-            return self._images[self._canvas_of[row]][self._places[row]]
-        except OSError as error:
-            raise Stopped(
-                f"{self.path} cannot be read any more ({error}). Bring the file back, or delete it to "
-                "have it prepared again."
-            ) from error
+            return _unpack(self._images[self._canvas_of[row]], int(self._places[row]), canvas)
+        except (OSError, ValueError, RuntimeError, KeyError, zlib.error) as error:
+            raise self._broken(error) from error
 
     def close(self) -> None:
         """Close this process's handle, if it has one; the next image opens it again."""
@@ -301,7 +339,7 @@ class Store:
         return {**self.__dict__, "_images": [], "_owner": None}
 
     def _open(self) -> h5py.File:
-        remedy = "Delete it to have it prepared again, or pass another outputs=<folder>."
+        remedy = _REMEDY
         if not self.path.is_file():
             raise UserError(f"{self.path.parent} has no {self.path.name}. {remedy}")
         try:
@@ -309,14 +347,76 @@ class Store:
             file = h5py.File(self.path, "r", locking=False)
         except OSError as error:
             raise UserError(f"{self.path} is not a whole HDF5 file. {remedy}") from error
-        if file.attrs.get("format") != FORMAT:
+        try:
+            kind, version = file.attrs.get("format"), file.attrs.get("version")
+        except (OSError, RuntimeError, TypeError, ValueError, KeyError) as error:
+            file.close()
+            raise self._broken(error) from error
+        if not isinstance(kind, str) or kind != FORMAT:
             file.close()
             raise UserError(f"{self.path} is HDF5, but not a {FORMAT}. {remedy}")
-        if file.attrs["version"] != VERSION:
-            found = file.attrs["version"]
+        if np.ndim(version) or version != VERSION:
             file.close()
+            found = str(version)[:20]
             raise UserError(f"{self.path} has version {found}; this code reads {VERSION}. {remedy}")
         return file
+
+    def _broken(self, error: Exception) -> UserError:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        return UserError(f"{self.path} is no whole store: {said}. {_REMEDY}")
+
+
+_REMEDY = "Delete it to have it prepared again, or pass another outputs=<folder>."
+
+
+def _numbers(column: h5py.Dataset, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if column.dtype.kind not in "iu" or column.shape != shape:
+        raise ValueError(f"{name} is {column.dtype} {column.shape}, and not integers {shape}")
+    return column[:]
+
+
+def _words(column: h5py.Dataset, name: str, length: int, *, longest: int) -> list[str]:
+    """Return a column of text; a few rows at a time, because many may name one text in the file."""
+    if h5py.check_string_dtype(column.dtype) is None or column.shape != (length,):
+        raise ValueError(f"{name} is {column.dtype} {column.shape}, and not text ({length},)")
+    words: list[str] = []
+    spent, step = 0, max(16, min(4096, _SLICE_BYTES // max(1, longest)))
+    for start in range(0, length, step):
+        rows = column.asstr()[start : start + step].tolist()
+        spent += sum(map(len, rows))
+        if spent > longest:
+            raise ValueError(f"{name} holds more characters than the file")
+        words += rows
+    return words
+
+
+def _images(file: h5py.File, canvas: tuple[int, int]) -> h5py.Dataset:
+    """Return the images of a canvas, each a chunk of its own, packed by nothing but gzip."""
+    images = _column(file, f"images/{canvas[0]}x{canvas[1]}")
+    plain = images.chunks == (1, *canvas) and images.dtype == np.uint8
+    filters = images.id.get_create_plist()
+    if not plain or images.shape[1:] != canvas or [*_filters(filters)] != [h5py.h5z.FILTER_DEFLATE]:
+        raise UserError(f"{file.filename}: the images of {canvas} are no pages. Delete the file.")
+    return images
+
+
+def _filters(plist: h5py.h5p.PropDCID) -> Iterator[int]:
+    for index in range(plist.get_nfilters()):
+        yield plist.get_filter(index)[0]
+
+
+def _unpack(images: h5py.Dataset, place: int, canvas: tuple[int, int]) -> np.ndarray:
+    """Return an image; by our own hand, for HDF5 unpacks a chunk to whatever it swells to."""
+    size = canvas[0] * canvas[1]
+    packed = bytearray(size + size // 1000 + 64)  # zlib's own bound for what does not shrink
+    unfiltered, chunk = images.id.read_direct_chunk((place, 0, 0), out=packed)
+    if unfiltered:
+        raise ValueError(f"page {place} of {canvas} is not packed")
+    stream = zlib.decompressobj()
+    page = stream.decompress(chunk, size + 1)
+    if len(page) != size or stream.unconsumed_tail:
+        raise ValueError(f"page {place} of {canvas} unpacks to another size")
+    return np.frombuffer(page, np.uint8).reshape(canvas).copy()
 
 
 def _column(file: h5py.File, name: str) -> h5py.Dataset:
@@ -328,6 +428,8 @@ def _column(file: h5py.File, name: str) -> h5py.Dataset:
                 f"{file.filename}: {name} is missing or leads elsewhere. Delete the file."
             )
         group = group[part]
+        if part != name.rpartition("/")[2] and not isinstance(group, h5py.Group):
+            raise UserError(f"{file.filename}: {name} is missing. Delete the file.")
     if not isinstance(group, h5py.Dataset) or group.external or group.is_virtual:
         raise UserError(f"{file.filename}: {name} leads to another file. Delete the file.")
     return group

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from paragraph_ocr.data.archive import read_text
 from paragraph_ocr.data.paragraph import SPLITS
 from paragraph_ocr.errors import UserError
 
@@ -77,13 +78,9 @@ def folder(path: Path) -> list[Document]:
     if not path.is_dir():
         raise UserError(f"datamodule.texts={path} is not a folder. {advice}")
     try:
-        found = [
-            Document(p.name, p.read_text(encoding="utf-8")) for p in sorted(path.glob("*.txt"))
-        ]
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"datamodule.texts={path} holds a file that is not UTF-8. {advice}"
-        ) from error
+        found = [Document(p.name, read_text(p, root=path)) for p in sorted(path.glob("*.txt"))]
+    except UserError as error:
+        raise UserError(f"datamodule.texts={path}: {error} {advice}") from error
     if not any(document.text.strip() for document in found):
         raise UserError(f"datamodule.texts={path} holds no text. {advice}")
     return found

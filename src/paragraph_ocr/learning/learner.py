@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from jaxtyping import Int
@@ -13,7 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from paragraph_ocr.batch import Batch
 from paragraph_ocr.learning.checkpoint import all_finite
-from paragraph_ocr.metrics import ReadingErrors
+from paragraph_ocr.learning.processes import send_buffers
+from paragraph_ocr.metrics import ReadingErrors, TokenLoss
 from paragraph_ocr.model.reader import Reader
 from paragraph_ocr.vocabulary import SPECIAL_TOKENS, Vocabulary
 
@@ -71,7 +73,9 @@ class Learner(pl.LightningModule):
         self.label_smoothing = label_smoothing
         self.token_noise = token_noise
         self.num_samples = num_samples
-        self.errors = nn.ModuleDict({stage: ReadingErrors() for stage in ("val", "test")})
+        stages = ("val", "test")
+        self.errors = nn.ModuleDict({stage: ReadingErrors() for stage in stages})
+        self.losses = nn.ModuleDict({stage: TokenLoss() for stage in stages})
         self.samples: list[Sample] = []
         self._optimizer, self._schedule = optimizer, schedule
         # a plain attribute: the compiled module must not add its weights a second time
@@ -100,6 +104,13 @@ class Learner(pl.LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
+    def on_fit_start(self) -> None:
+        """Give each process random numbers of its own: all were seeded alike, to build one model."""
+        rank = self.trainer.global_rank
+        if rank:
+            seed = np.random.SeedSequence([torch.initial_seed(), rank]).generate_state(1)
+            torch.manual_seed(int(seed[0]))
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         # in float32, so that mixed precision sees the very pages that full precision does
         with torch.autocast(self.device.type, enabled=False):
@@ -114,11 +125,21 @@ class Learner(pl.LightningModule):
         loss, count = self.recognizer.loss(
             logits, batch.tokens[:, 1:], label_smoothing=self.label_smoothing
         )
-        self.log("train/loss", loss.detach() / count, batch_size=len(batch), prog_bar=True)
+        total, count = self._over_processes(loss.detach(), count)
+        self.log("train/loss", total / count, batch_size=len(batch), prog_bar=True)
+        loss = loss * self.trainer.world_size  # the mean of the processes' gradients is their sum
         if self.trainer.accumulate_grad_batches == 1:
             return loss / count
         self._window.append(count)
         return loss / self._window[0]
+
+    def _over_processes(self, loss: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Return loss and number of tokens of this step's batches, summed over all processes."""
+        if self.trainer.world_size == 1:
+            return loss, count
+        both = torch.stack([loss.double(), count.double()])
+        total, tokens = self.trainer.strategy.reduce(both, reduce_op="sum")
+        return total.to(loss.dtype), tokens.to(loss.dtype)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Weigh accumulated gradients, and leave out those that would spoil the weights."""
@@ -138,8 +159,8 @@ class Learner(pl.LightningModule):
     def _weigh_window(self) -> None:
         """Make accumulated gradients those of one batch that holds all the tokens.
 
-        Lightning has divided each part by the number of parts, which would weigh the tokens of a
-        part with few of them more.
+        Counts are those of all processes. Lightning has divided each part by the number of parts, which
+        would weigh the tokens of a part with few of them more.
         """
         factor = self._window[0] * self.trainer.accumulate_grad_batches / sum(self._window)
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
@@ -148,6 +169,8 @@ class Learner(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.samples.clear()
+        if self.trainer.world_size > 1:
+            send_buffers(self)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         self._evaluate(batch, "val")
@@ -172,8 +195,7 @@ class Learner(pl.LightningModule):
         predict = self._predict if self.average is None else self.kept.forward
         logits = predict(batch.images, batch.tokens[:, :-1], batch.sizes)
         loss, count = self.recognizer.loss(logits, batch.tokens[:, 1:], label_smoothing=0.0)
-        # weighted by tokens, so that the mean over a split is that of its tokens
-        self.log(f"{stage}/loss", loss / count, batch_size=int(count), sync_dist=True)
+        self.losses[stage].update(loss, count)
         truths = [self.vocabulary.decode(row) for row in batch.tokens[:, 1:].tolist()]
         # a model that hardly knows the next character writes to the last token, and nothing readable
         most = self.max_loss_to_read
@@ -187,11 +209,11 @@ class Learner(pl.LightningModule):
                 self.samples.append(Sample(row, image, truths[index], readings[index]))
 
     def _log_errors(self, stage: str) -> None:
-        errors = self.errors[stage]
-        rates = errors.compute()
-        errors.reset()
-        for name, value in rates.items():
-            # compute() has summed the counts of all processes already
+        figures = {"loss": self.losses[stage].compute(), **self.errors[stage].compute()}
+        self.losses[stage].reset()
+        self.errors[stage].reset()
+        for name, value in figures.items():
+            # compute() has summed over all processes already
             self.log(f"{stage}/{name}", value, prog_bar=name == "cer", rank_zero_only=False)
 
 

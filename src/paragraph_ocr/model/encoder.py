@@ -11,6 +11,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import timm
+import timm.layers
 import torch
 import torch.nn.functional as F
 from huggingface_hub import constants as hub
@@ -41,6 +42,15 @@ def check_encoder_name(name: str) -> None:
             f"model.encoder.name={name!r} is not one of timm's ResNets{hint}. "
             f"Pass model.encoder.name={close[0] if close else 'resnet18'}."
         )
+
+
+def synchronise_batch_norms(module: nn.Module) -> nn.Module:
+    """Return the module with every BatchNorm taking its statistics over all processes, on GPUs.
+
+    Parameters and their names stay. torch's own conversion loses the activation that timm keeps in some
+    of its BatchNorms.
+    """
+    return timm.layers.convert_sync_batchnorm(module)
 
 
 class Encoder(nn.Module):
@@ -195,6 +205,11 @@ class _Padding:
 def _build(
     name: str, stage: int, in_channels: int, pretrained: bool, extra: dict[str, Any]
 ) -> nn.Module:
+    if "checkpoint_path" in extra:
+        raise UserError(
+            "model.encoder.extra.checkpoint_path is not read. Pass model.encoder.pretrained=true with "
+            "+model.encoder.extra.pretrained_cfg_overlay.file=<path>."
+        )
     file = dict(extra.get("pretrained_cfg_overlay", {})).get("file")
     if pretrained and file is not None and not Path(file).is_file():
         raise UserError(

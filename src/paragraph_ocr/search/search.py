@@ -37,6 +37,7 @@ from paragraph_ocr.search.study import (
     why_unusable,
 )
 from paragraph_ocr.search.view import LiveView
+from paragraph_ocr.targets import check_targets
 from paragraph_ocr.validation import REFUSALS, explain, validate
 
 WORKER_VARIABLE = "PARAGRAPH_OCR_WORKER"
@@ -132,7 +133,8 @@ class Search:
         self.outputs = Path(config.outputs)
         self.folder = study_folder(self.outputs, options.study_name)
         self.is_helper = WORKER_VARIABLE in os.environ
-        self._defaults = self._compose(self.space.fixed)  # what trials change
+        # what trials change, checked as one
+        self._defaults = self._compose([*self.space.fixed, "trial=0"])
         experiment = self._experiment(self._defaults)
         if options.sampler.get("_target_") == "optuna.samplers.BruteForceSampler":
             self.space.require_finite()
@@ -478,11 +480,10 @@ def _options(config: DictConfig) -> StudyConfig:
     sweeper = OmegaConf.to_object(config.hydra.sweeper)
     assert isinstance(sweeper, StudyConfig)
     for node, allowed in ((sweeper.sampler, "samplers"), (sweeper.pruner, "pruners")):
-        target = str(node.get("_target_"))
-        if not target.startswith(f"optuna.{allowed}.") or target.count(".") != 2:
+        check_targets(node, f"hydra.sweeper.{allowed[:-1]}")
+        if "_target_" not in node:
             raise UserError(
-                f"hydra.sweeper.{allowed[:-1]}._target_={target} is not one of Optuna's {allowed}. "
-                f"Pass a class of optuna.{allowed}."
+                f"hydra.sweeper.{allowed[:-1]}._target_ has no value. Pass a class of optuna.{allowed}."
             )
     return sweeper
 

@@ -16,6 +16,7 @@ from paragraph_ocr.config import Experiment, StudyConfig
 from paragraph_ocr.learning.callbacks import Watch
 from paragraph_ocr.run import run
 from paragraph_ocr.search.study import open_storage, storage_url, study_folder
+from paragraph_ocr.targets import check_targets
 
 
 def run_trial(experiment: Experiment, sweeper: Any) -> dict[str, Any]:
@@ -33,6 +34,7 @@ def run_trial(experiment: Experiment, sweeper: Any) -> dict[str, Any]:
     outputs, number = Path(experiment.outputs), experiment.trial
     judge = None
     if options.report.metric is not None:
+        check_targets(options.pruner, "hydra.sweeper.pruner")
         url = storage_url(outputs, options.study_name, options.storage)
         judge = _judge(url, options.study_name, number, options.pruner)
     _set_aside_what_stays()
