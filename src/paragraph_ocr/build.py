@@ -297,13 +297,12 @@ def build_trainer(
         return pl.Trainer(
             **settings,
             strategy=Processes() if together else "auto",
-            plugins=[SynchronisedBatchNorm()] if on_gpus else None,
+            plugins=[*plugins, *([SynchronisedBatchNorm()] if on_gpus else [])],
             precision=precision(config),  # type: ignore[arg-type]
             profiler=_profiler(config.profiler, folder),
             gradient_clip_val=experiment.regularization.gradient_clip or None,
             logger=logger or False,
             callbacks=callbacks,
-            plugins=list(plugins),
             default_root_dir=folder,
             enable_checkpointing=False,
             enable_model_summary=False,
