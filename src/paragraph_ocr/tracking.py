@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from paragraph_ocr.errors import UserError
 from paragraph_ocr.metrics import character_error_rate
 
 for _talkative in ("mlflow", "alembic"):
@@ -39,6 +41,8 @@ SECONDS_BETWEEN_WRITES = 3.0
 DEFAULT_EXPERIMENT = "paragraph_ocr"
 
 DATABASE = "mlflow.db"
+
+_MODEL_FILES = ("config.yaml", "best.safetensors")
 
 
 def database_uri(outputs: Path, uri: str | None = None) -> str:
@@ -76,6 +80,42 @@ def open_experiment(
             if existing is None:
                 raise
             return client, existing.experiment_id
+
+
+def folder_of_run(run_id: str, *, outputs: Path) -> Path:
+    """Return the folder of a run; one whose folder is gone comes from its artifacts, if they hold it.
+
+    Raises:
+        UserError: there is no such run, or its weights lie nowhere.
+    """
+    uri = database_uri(outputs)
+    if uri == _sqlite(outputs / DATABASE) and not (outputs / DATABASE).exists():
+        raise UserError(
+            f"checkpoint={run_id}: {outputs / DATABASE} does not exist. Pass a run folder, or set "
+            "MLFLOW_TRACKING_URI to where the run is kept."
+        )
+    client = mlflow.MlflowClient(uri)
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        raise UserError(
+            f"checkpoint={run_id} is no run of {uri}. Pass a run folder, or a run's id from the UI."
+        ) from error
+    folder = Path(run.data.tags.get("folder", ""))
+    if "folder" in run.data.tags and all((folder / name).is_file() for name in _MODEL_FILES):
+        return folder
+    kept = {artifact.path for artifact in client.list_artifacts(run_id)}
+    if not kept.issuperset(_MODEL_FILES):
+        raise UserError(
+            f"checkpoint={run_id}: its folder {folder} is gone or has no weights, and MLflow keeps no "
+            "copy of them. Pass another run."
+        )
+    fetched = outputs / "fetched" / run_id
+    fetched.mkdir(parents=True, exist_ok=True)
+    for name in _MODEL_FILES:
+        with tempfile.TemporaryDirectory(dir=fetched) as aside:  # whole before it has its name
+            Path(client.download_artifacts(run_id, name, aside)).replace(fetched / name)
+    return fetched
 
 
 def _make_database(path: Path, *, artifacts: Path) -> None:

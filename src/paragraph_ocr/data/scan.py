@@ -1,8 +1,11 @@
 """A scan or photograph to a page of ink: any format, either polarity, uneven paper."""
 
 import io
+import struct
 import warnings
+import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import cv2
@@ -24,6 +27,18 @@ _PAPER_PX = 41
 """Window in which the brightest is taken for paper, on a copy of `_COARSE_PX`: wider than a stroke."""
 _COARSE_PX = 600
 
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow's readers raise for damaged files, each its own."""
+
 
 def read_scan(path: Path) -> np.ndarray:
     """Return the image as ink, uint8 (H, W): 0 is paper, 255 is ink.
@@ -36,24 +51,23 @@ def read_scan(path: Path) -> np.ndarray:
     return ink(read_grey(path, where=str(path)))
 
 
-def read_grey(file: Path | bytes, *, where: str) -> np.ndarray:
+def read_grey(file: Path | bytes | Image.Image, *, where: str) -> np.ndarray:
     """Return the image as grey, uint8 (H, W).
 
     Grey, RGB, palette, CMYK and 16-bit images; transparency shows white paper; the camera's
     orientation is obeyed.
 
     Args:
-        file: a path, or the bytes of a file.
+        file: a path, the bytes of a file, or an image of Pillow's, which stays open.
         where: the path to name to a person.
 
     Raises:
         UserError: not an image of FORMATS, broken, or larger than MAX_PIXELS.
     """
-    opened = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
         with (
             warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
-            Image.open(opened, formats=FORMATS) as image,
+            _opened(file) as image,
         ):
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(
@@ -67,8 +81,15 @@ def read_grey(file: Path | bytes, *, where: str) -> np.ndarray:
         ) from error
     except UnidentifiedImageError as error:
         raise UserError(f"{where} is no {', '.join(FORMATS)} image. Convert it.") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{where} cannot be read: {error}. Mend it or take it out.") from error
+    except _BROKEN as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"{where} cannot be read: {said}. Mend it or take it out.") from error
+
+
+def _opened(file: Path | bytes | Image.Image) -> AbstractContextManager[Image.Image]:
+    if isinstance(file, Image.Image):
+        return nullcontext(file)
+    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
 
 
 def _grey(image: Image.Image) -> np.ndarray:
@@ -91,7 +112,8 @@ def ink(grey: np.ndarray) -> np.ndarray:
     if high - low > _CONTRAST and middle < (low + high) / 2:
         grey = 255 - grey
     scale = min(1.0, _COARSE_PX / max(grey.shape))
-    coarse = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    smaller = (max(1, round(grey.shape[1] * scale)), max(1, round(grey.shape[0] * scale)))
+    coarse = cv2.resize(grey, smaller, interpolation=cv2.INTER_AREA)
     window = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (_PAPER_PX, _PAPER_PX))
     paper = cv2.GaussianBlur(cv2.morphologyEx(coarse, cv2.MORPH_CLOSE, window), (0, 0), 10)
     paper = cv2.resize(paper, grey.shape[::-1], interpolation=cv2.INTER_LINEAR)

@@ -1,0 +1,114 @@
+"""Twelve images with their texts, and a small model that has half learnt them."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+CANVAS = ["datamodule.height=64", "datamodule.width=160"]
+
+
+@pytest.fixture(scope="session")
+def make_run(tmp_path_factory, images):
+    """Return a function that makes the run folder of a model which has half learnt the images by heart."""
+
+    def make(*overrides, steps=100, seed=0):
+        from paragraph_ocr.build_model import build_recognizer, vocabulary_from
+        from paragraph_ocr.data.scan import fit, read_scan
+        from paragraph_ocr.stored import write_config
+        from paragraph_ocr.validation import compose, validate
+
+        folder = tmp_path_factory.mktemp("run")
+        root = f"datamodule.root={images}"
+        typed = ["model=tiny", "datamodule=folder", root, *CANVAS, "datamodule.max_length=48"]
+        experiment = validate(compose([*typed, f"outputs={folder / 'outputs'}", *overrides]))
+        vocabulary = vocabulary_from(experiment.vocabulary)
+        torch.manual_seed(seed)
+        model = build_recognizer(experiment, vocabulary)
+        pages = torch.zeros(12, 1, 64, 160, dtype=torch.uint8)
+        sizes, rows = [], []
+        for page, path in zip(pages, scans(images), strict=True):
+            seen = fit(read_scan(path), height=64, width=160)
+            page[0, : seen.shape[0], : seen.shape[1]] = torch.from_numpy(seen)
+            sizes.append(seen.shape)
+            rows.append(torch.tensor(vocabulary.encode(path.with_suffix(".txt").read_text())))
+        tokens = torch.nn.utils.rnn.pad_sequence(
+            rows, batch_first=True, padding_value=vocabulary.pad
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        for _ in range(steps):
+            logits = model(pages, tokens[:, :-1], torch.tensor(sizes))
+            loss, count = model.loss(logits, tokens[:, 1:], label_smoothing=0.0)
+            optimizer.zero_grad()
+            (loss / count).backward()
+            optimizer.step()
+        write_config(experiment, folder)
+        save_file(model.weights(), folder / "best.safetensors")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_folder(make_run):
+    return make_run()
+
+
+@pytest.fixture(scope="session")
+def recognizer(run_folder):
+    from paragraph_ocr.reading import Recognizer
+
+    return Recognizer.load(run_folder, device="cpu")
+
+
+def scans(folder):
+    """Return the images of a folder in order."""
+    return sorted(path for path in folder.iterdir() if path.suffix != ".txt")
+
+
+def note(text, *, height=120, width=300):
+    """Return dark writing on a light page: uint8 grey."""
+    page = np.full((height, width), 235, np.uint8)
+    for index, line in enumerate(text.split("\n")):
+        cv2.putText(page, line, (12, 40 + 34 * index), cv2.FONT_HERSHEY_SIMPLEX, 0.8, 30, 2)
+    return page
+
+
+WORDS = [
+    "sir",
+    "the",
+    "rain",
+    "came",
+    "late",
+    "over",
+    "dry",
+    "hills",
+    "and",
+    "we",
+    "sang",
+    "old",
+    "songs",
+    "by",
+    "a",
+    "lamp",
+    "till",
+    "dawn",
+]
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Return a folder of 12 images of several sizes and kinds, with .txt files beside them."""
+    folder = tmp_path_factory.mktemp("images")
+    for index in range(12):
+        text = " ".join(WORDS[index : index + 2])
+        if index % 3:
+            text += "\n" + " ".join(WORDS[index + 4 : index + 6])
+        page = note(text, height=90 + 9 * index, width=220 + 13 * index)
+        page = 255 - page if index % 4 == 3 else page
+        suffix = (".png", ".jpg", ".tif")[index % 3]
+        Image.fromarray(page).save(folder / f"{index:02d}{suffix}")
+        (folder / f"{index:02d}.txt").write_text(text)
+    return folder
