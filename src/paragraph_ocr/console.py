@@ -45,15 +45,20 @@ def error(message: str) -> None:
 
 
 @contextmanager
-def progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that takes (done, total) and shows a bar from its first call on."""
+def progress(description: str, *, apart: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that takes (done, total) and shows a bar from its first call on.
+
+    Args:
+        apart: where results are piped into a file, keep the bar out of it, on standard error.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    bar = Progress(*columns, console=console)
+    piped = apart and not console.is_terminal
+    bar = Progress(*columns, console=_errors if piped else console)
 
     def advance(done: int, total: int) -> None:
         if not bar.tasks:

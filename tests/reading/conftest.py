@@ -76,28 +76,6 @@ def note(text, *, height=120, width=300):
     return page
 
 
-WORDS = [
-    "sir",
-    "the",
-    "rain",
-    "came",
-    "late",
-    "over",
-    "dry",
-    "hills",
-    "and",
-    "we",
-    "sang",
-    "old",
-    "songs",
-    "by",
-    "a",
-    "lamp",
-    "till",
-    "dawn",
-]
-
-
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """Return a folder of 12 images of several sizes and kinds, with .txt files beside them."""
