@@ -2,8 +2,12 @@
 
 import copy
 import logging
+import time
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -11,8 +15,8 @@ from torch import Tensor, nn
 
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.model.transformer import TransformerReader
+from paragraph_ocr.reading.onnx import DECODER_STEP, ENCODER, MAX_LENGTH, OnnxRecognizer
 from paragraph_ocr.reading.read import Recognizer
-from paragraph_ocr.reading.onnx import DECODER_STEP, ENCODER
 from paragraph_ocr.stored import write_config
 
 
@@ -51,6 +55,7 @@ def export_onnx(recognizer: Recognizer, folder: Path) -> None:
         inputs=["images", "sizes"],
         outputs=["mask", *names["cross"]],
         shapes=({0: batch}, {0: batch}),
+        max_length=recognizer.max_length,
     )
     each = len(crosses)
     _export(
@@ -66,6 +71,7 @@ def export_onnx(recognizer: Recognizer, folder: Path) -> None:
             [{1: batch}] * each,
             [{1: batch, 3: length}] * each,
         ),
+        max_length=recognizer.max_length,
     )
     experiment = copy.deepcopy(recognizer.experiment)
     experiment.decoding.name, experiment.decoding.beam_width = "greedy", 1
@@ -130,19 +136,17 @@ def _export(
     inputs: list[str],
     outputs: list[str],
     shapes: tuple[object, ...],
+    max_length: int,
 ) -> None:
-    aside = path.with_name(f".{path.name}.part")
     # told of each shared size, and of the operators of a torchvision that is not asked for
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(action="ignore"), torch.no_grad():
-            torch.onnx.export(
+            program = torch.onnx.export(
                 graph,
                 example,
-                aside,
                 dynamo=True,
                 verbose=False,
-                external_data=False,
                 input_names=inputs,
                 output_names=outputs,
                 dynamic_shapes=shapes,
@@ -152,4 +156,43 @@ def _export(
             f"to=onnx needs {error.name or 'onnxscript'}, which is not installed. "
             "Type pip install -e '.[onnx]'."
         ) from error
+    assert program is not None
+    program.model.metadata_props[MAX_LENGTH] = str(max_length)
+    aside = path.with_name(f".{path.name}.part")
+    program.save(aside, external_data=False)
     aside.replace(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """torch and onnxruntime on the same images: seconds a batch (medians), and whether the texts agree."""
+
+    batch_size: int
+    torch_s: float
+    onnx_s: float
+    same: int
+    of: int
+
+
+def compare(
+    recognizer: Recognizer,
+    exported: OnnxRecognizer,
+    images: Sequence[Path],
+    *,
+    batch_size: int,
+    rounds: int = 7,
+) -> Comparison:
+    """Return how both read the same images, taking turns so that a busy machine slows both alike."""
+    batch = images[:batch_size]
+    texts, seconds = [], []
+    for number in range(rounds + 1):
+        began = time.perf_counter()
+        first = recognizer.read_batch(batch)
+        turned = time.perf_counter()
+        second = exported.read_batch(batch)
+        ended = time.perf_counter()
+        if number:  # the first round warms both up
+            seconds.append((turned - began, ended - turned))
+        texts = [(a.text, b.text) for a, b in zip(first, second, strict=True)]
+    own, other = (median(column) for column in zip(*seconds, strict=True))
+    return Comparison(len(batch), own, other, sum(a == b for a, b in texts), len(texts))

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 ENCODER, DECODER_STEP = "encoder.onnx", "decoder_step.onnx"
+MAX_LENGTH = "max_length"
+"""Key of a graph's metadata: for how many tokens it has positions."""
 
 
 class OnnxRecognizer:
@@ -66,6 +68,12 @@ class OnnxRecognizer:
         if experiment.vocabulary.characters is None:
             raise UserError(f"{folder / CONFIG} has no vocabulary.characters. Export it again.")
         sessions = [_session(folder / name, num_threads) for name in (ENCODER, DECODER_STEP)]
+        positions = int(sessions[1].get_modelmeta().custom_metadata_map.get(MAX_LENGTH, 0))
+        if experiment.datamodule.max_length > positions:
+            raise UserError(
+                f"{folder / CONFIG}: datamodule.max_length={experiment.datamodule.max_length}, and "
+                f"{DECODER_STEP} has positions for {positions} tokens. Export it again."
+            )
         return cls(sessions[0], sessions[1], experiment)
 
     def read(self, image: Picture) -> Transcript:
@@ -116,9 +124,7 @@ class OnnxRecognizer:
             )
             log_probabilities = logs.numpy()
             tokens = log_probabilities.argmax(axis=1)
-            for row, token, score in zip(
-                rows, tokens, log_probabilities.max(axis=1), strict=True
-            ):
+            for row, token, score in zip(rows, tokens, log_probabilities.max(axis=1), strict=True):
                 written[row].append(int(token))
                 scores[row].append(float(score))
             going = np.flatnonzero(tokens != self.vocabulary.end)
@@ -142,16 +148,12 @@ def _session(path: Path, num_threads: int) -> "InferenceSession":
     try:
         import onnxruntime
     except ImportError as error:
-        raise UserError(
-            "onnxruntime is not installed. Type pip install -e '.[onnx]'."
-        ) from error
+        raise UserError("onnxruntime is not installed. Type pip install -e '.[onnx]'.") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own have no common base
         raise UserError(f"{path} is no graph of this model: {error}. Export it again.") from error
 
