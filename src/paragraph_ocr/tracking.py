@@ -118,6 +118,17 @@ def folder_of_run(run_id: str, *, outputs: Path) -> Path:
     return fetched
 
 
+def run_of_folder(
+    folder: Path, *, outputs: Path, experiment_name: str, uri: str | None
+) -> str | None:
+    """Return the id of the run that left this folder, if MLflow knows it."""
+    client, experiment = open_experiment(outputs, name=experiment_name, uri=uri)
+    for run in client.search_runs([experiment], f"tags.folder LIKE '%{folder.name}'"):
+        if Path(run.data.tags["folder"]).resolve() == folder.resolve():
+            return run.info.run_id
+    return None
+
+
 def _make_database(path: Path, *, artifacts: Path) -> None:
     """Make MLflow's tables in a file aside and rename it: a torn set of tables is never mended."""
     aside = path.with_name(f".{path.name}.part")

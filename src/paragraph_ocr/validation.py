@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -43,6 +44,35 @@ def compose(overrides: list[str]) -> DictConfig:
             return hydra_compose("train", overrides)
     except REFUSALS as error:
         raise explain(error) from error
+
+
+_OF_A_MODEL = ("seed", "outputs", "model", "datamodule", "vocabulary", "decoding", "tracking")
+
+
+def overridden(experiment: Experiment, overrides: list[str]) -> Experiment:
+    """Return a stored experiment under overrides as `train.py` takes them, validated.
+
+    Only what reading needs is taken from it: what it was trained on or with need not be here.
+
+    Raises:
+        UserError: see `compose` and `validate`.
+    """
+    groups = [word for word in overrides if (CONF / word.partition("=")[0]).is_dir()]
+    chosen = {word.partition("=")[0] for word in groups}
+    composed = compose(groups)
+    try:
+        for name in _OF_A_MODEL:
+            if name not in chosen:
+                value = getattr(experiment, name)
+                composed[name] = OmegaConf.structured(value) if is_dataclass(value) else value
+        parser = OverridesParser.create()
+        for word in overrides:
+            if word not in groups:
+                parsed = parser.parse_override(word)
+                OmegaConf.update(composed, parsed.key_or_group, parsed.value(), force_add=False)
+    except REFUSALS as error:
+        raise explain(error) from error
+    return validate(composed)
 
 
 def validate(composed: DictConfig) -> Experiment:
