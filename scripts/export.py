@@ -82,7 +82,15 @@ def sorted_images(folder: Path) -> list[Path]:
 
 
 def to_mlflow(options: Options) -> None:
-    raise NotImplementedError
+    if options.folder or options.images:
+        raise UserError("folder and images are for to=onnx. Leave them out.")
+    from paragraph_ocr.mlflow_model import log_finished, serve_command
+    from paragraph_ocr.reading.checkpoint import find_checkpoint
+
+    checkpoint = find_checkpoint(options.checkpoint, outputs=options.outputs)
+    logged, uri = log_finished(checkpoint, outputs=options.outputs, register=options.register)
+    console.say(f"logged as {logged.uri}; serve it with")
+    console.say(serve_command(logged, uri))
 
 
 if __name__ == "__main__":

@@ -133,6 +133,8 @@ def run(
         if tracked and watch is not None:
             tracked.tag("trial_state", "PRUNED" if pruned else "COMPLETE")
         _report(experiment, learner, metrics, folder=folder, name=name, tracked=tracked)
+        if tracked and experiment.tracking.log_model and keep.best_path.exists():
+            _log_model(experiment, tracked, config=folder / CONFIG, weights=keep.best_path)
     return Outcome(folder, metrics, tracked.run_id if tracked else None, fit_seconds)
 
 
@@ -246,6 +248,18 @@ def _report(
         folder=folder,
         open_ui=_ui_command(experiment) if tracked else None,
     )
+
+
+def _log_model(experiment: Experiment, tracked: TrackedRun, *, config: Path, weights: Path) -> None:
+    """Keep the model in MLflow, and say how it is served."""
+    # importing what serves takes a second, and most runs do not ask for it
+    from paragraph_ocr.mlflow_model import log_model, serve_command
+
+    register = experiment.tracking.register
+    logged = log_model(
+        tracked.client, tracked.run_id, config=config, weights=weights, register=register
+    )
+    console.say(f"serve it   {serve_command(logged, tracked.uri)}")
 
 
 def _ui_command(experiment: Experiment) -> str:
