@@ -27,7 +27,7 @@ SITES = {
         f"search/{name}.py" for name in ("report", "search", "space", "study", "trial", "view")
     },
     "rich": {"console.py", "learning/callbacks.py", "search/view.py"},
-    "matplotlib": {"search/report.py"},
+    "matplotlib": {"search/report.py", "reading/explain_figures.py"},
     "plotly": {"search/report.py"},
     "torchvision": set(),  # the tests' reference
 }

@@ -68,6 +68,33 @@ def test_every_line_has_a_box_with_ink_and_no_ink_is_outside_the_boxes(drawn, na
         assert not outside.any()
 
 
+@pytest.mark.parametrize("name", CANVASES)
+def test_every_letter_has_a_box_with_its_ink_inside_that_of_its_line(drawn, name):
+    for _, drawing in drawn[name]:
+        lines = ["".join(line.split()) for line in drawing.lines]
+        assert len(drawing.letters) == sum(map(len, lines))
+        outside = drawing.image.copy()
+        of_line = np.repeat(np.arange(len(lines)), [len(line) for line in lines])
+        for (left, top, right, bottom), box in zip(
+            drawing.letters, drawing.boxes[of_line], strict=True
+        ):
+            part = np.s_[max(0, top) : bottom, max(0, left) : right]
+            assert drawing.image[part].any()
+            outside[part] = 0
+            assert (box[:2] <= (left, top)).all() and (box[2:] >= (right, bottom)).all()
+        assert not outside.any()
+
+
+def test_letters_boxes_stand_in_the_order_of_the_text(faces):
+    drawing = render(
+        ["mm", "ii", "mm"], faces[0], height=64, width=400, min_lines=1, max_lines=1,
+        generator=np.random.default_rng(3),
+    )  # fmt: skip
+    lefts, widths = drawing.letters[:, 0], drawing.letters[:, 2] - drawing.letters[:, 0]
+    assert (np.diff(lefts) > 0).all()
+    assert widths[2:4].max() < widths[[0, 1, 4, 5]].min()
+
+
 def test_lines_come_from_top_to_bottom(drawn):
     for _, drawing in drawn["page"]:
         middles = (drawing.boxes[:, 1] + drawing.boxes[:, 3]) / 2

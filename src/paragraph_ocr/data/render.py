@@ -41,6 +41,8 @@ class Drawing:
     lines: tuple[str, ...]
     boxes: np.ndarray
     """int (lines, 4): left, top, right, bottom in pixels around the ink of each line, generously."""
+    letters: np.ndarray
+    """int (n, 4): the same around each character of the text that is no white space, in its order."""
 
     @property
     def text(self) -> str:
@@ -53,6 +55,8 @@ class Strip(NamedTuple):
     ink: np.ndarray
     x: int
     y: int
+    letters: np.ndarray
+    """Boxes of the letters on it, (n, 4)."""
 
 
 def render(
@@ -109,13 +113,19 @@ def render(
     lefts = generator.normal(0, 0.15 * size_px, size=len(lines))
     lefts[0] += indent * size_px
     sheet, boxes = _lay(strips, lefts, pitch_px=spacing * size_px, slant=slant, generator=generator)
+    letters = np.concatenate(
+        [strip.letters + np.tile(box[:2], 2) for strip, box in zip(strips, boxes, strict=True)]
+    )
 
-    image, boxes = _warp(
-        sheet, boxes, slant=slant, inner=inner, margins=margins, height=height, width=width,
+    image, boxes, letters = _warp(
+        sheet, boxes, letters, slant=slant, inner=inner, margins=margins, height=height, width=width,
         wander_px=size_px * uniform(0.02, 0.09), generator=generator,
     )  # fmt: skip
     return Drawing(
-        _ink(image, size_px=size_px, generator=generator), tuple(map(" ".join, lines)), boxes
+        _ink(image, size_px=size_px, generator=generator),
+        tuple(map(" ".join, lines)),
+        boxes,
+        letters,
     )
 
 
@@ -200,7 +210,10 @@ def _draw_line(
     for ink, x, y in placed:
         part = strip[y - y0 : y - y0 + ink.shape[0], x - x0 : x - x0 + ink.shape[1]]
         np.maximum(part, ink, out=part)
-    return Strip(strip, -x0, -y0)
+    letters = [
+        (x - x0, y - y0, x - x0 + ink.shape[1], y - y0 + ink.shape[0]) for ink, x, y in placed
+    ]
+    return Strip(strip, -x0, -y0, np.array(letters))
 
 
 def _lay(
@@ -238,6 +251,7 @@ def _lay(
 def _warp(
     sheet: np.ndarray,
     boxes: np.ndarray,
+    letters: np.ndarray,
     *,
     slant: float,
     inner: np.ndarray,
@@ -246,8 +260,8 @@ def _warp(
     width: int,
     wander_px: float,
     generator: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the canvas and the lines' boxes on it; ink keeps to the inner part of the canvas.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the canvas, and the lines' and letters' boxes on it; ink keeps to the inner part of the canvas.
 
     The map from canvas to sheet is affine plus a wander, both given by control points of a cubic
     B-spline. The spline reproduces the affine part exactly and stays within the hull of its points,
@@ -258,10 +272,17 @@ def _warp(
     forward = np.array([[cos, -sin], [sin, cos]]) @ np.array([[1.0, -slant], [0.0, 1.0]])
 
     reach = wander_px + 1.5  # and what the interpolation spreads
-    corners = boxes[:, [[0, 1], [2, 1], [0, 3], [2, 3]]] + reach * np.array(
-        [[-1, -1], [1, -1], [-1, 1], [1, 1]]
-    )  # (lines, 4 corners, xy)
-    placed = corners @ forward.T
+    spread = reach * np.array([[-1, -1], [1, -1], [-1, 1], [1, 1]])
+
+    def placed_corners(boxes: np.ndarray) -> np.ndarray:  # (n, 4 corners, xy)
+        return (boxes[:, [[0, 1], [2, 1], [0, 3], [2, 3]]] + spread) @ forward.T
+
+    def bounds(placed: np.ndarray) -> np.ndarray:
+        canvas = placed * scale + shift
+        ends = [np.floor(canvas.min(axis=1)), np.ceil(canvas.max(axis=1))]
+        return np.concatenate(ends, axis=1).astype(int)
+
+    placed = placed_corners(boxes)
     low, high = placed.min(axis=(0, 1)), placed.max(axis=(0, 1))
     scale = min(1.0, *(inner / (high - low)))
     free = inner - scale * (high - low)
@@ -275,9 +296,7 @@ def _warp(
     # summed in float64: the order of a sum, which depends on BLAS's threads, moves no float32
     x, y = ((along_y @ control[..., axis] @ along_x).astype(np.float32) for axis in (0, 1))
     image = cv2.remap(sheet, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
-    canvas = placed * scale + shift
-    boxes = np.concatenate([np.floor(canvas.min(axis=1)), np.ceil(canvas.max(axis=1))], axis=1)
-    return image, boxes.astype(int)
+    return image, bounds(placed), bounds(placed_corners(letters))
 
 
 @lru_cache(maxsize=8)

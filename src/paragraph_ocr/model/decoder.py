@@ -168,7 +168,7 @@ class Decoder(nn.Module):
         mask = None if memory_mask is None else memory_mask[:, None, None]
         for layer in self.layers:
             states = layer(states, layer.cross_attention.keys_values(memory), mask)
-        return self._logits(states)
+        return self.logits(states)
 
     def start(
         self,
@@ -188,12 +188,13 @@ class Decoder(nn.Module):
         for index, (layer, cross) in enumerate(zip(self.layers, cache.crosses, strict=True)):
             states = layer(states, cross, cache.mask, partial(cache.extend, index))
         cache.length += 1
-        return self._logits(states)[:, 0]
+        return self.logits(states)[:, 0]
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         return self.dropout(self.embedding(tokens) * math.sqrt(self.width) + positions)
 
-    def _logits(self, states: Tensor) -> Tensor:
+    def logits(self, states: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
+        """Return the read-out of states of the residual stream, the last layer's or any other."""
         weight = self.embedding.weight if self.read_out is None else self.read_out.weight
         return F.linear(self.norm(states), weight, self.bias)
 

@@ -1,0 +1,97 @@
+"""Show what a model does while it reads an image: attention, residual stream, circuits, positions.
+
+    python scripts/explain.py checkpoint=outputs/runs/<run> image=note.jpg
+    python scripts/explain.py model=tiny image=note.jpg    # a model that nobody has trained
+
+Writes a picture of each, an animation, and explain.html with all of them. The image's true text, for teacher
+forcing, is taken from the .txt file beside it if there is one.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from paragraph_ocr import arguments, console
+from paragraph_ocr.errors import UserError
+
+if TYPE_CHECKING:
+    from paragraph_ocr.reading import Recognizer
+
+
+@dataclass(frozen=True)
+class Options:
+    image: Path = field(metadata={"help": "file"})
+    checkpoint: str | None = field(
+        default=None, metadata={"help": "run folder, MLflow run id, or released model"}
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "instead: a choice of model= to show untrained"}
+    )
+    text: Path | None = field(
+        default=None,
+        metadata={"help": "file of the true text; null: the .txt file beside the image"},
+    )
+    folder: Path = field(
+        default=Path("outputs/explain"), metadata={"help": "where pictures and page are written"}
+    )
+
+
+def explain(options: Options) -> None:
+    """Write the pictures and the page."""
+    if (options.checkpoint is None) == (options.model is None):
+        raise UserError(
+            "checkpoint has no value. Pass checkpoint=outputs/runs/<run>, or model=tiny for an "
+            "untrained model; not both."
+        )
+    text = true_text(options)
+    # torch takes seconds to import: not before the arguments are known to be good
+    from paragraph_ocr.reading import Recognizer
+    from paragraph_ocr.reading.explain_page import explain_image, write_explanation
+
+    if options.model is None:
+        recognizer = Recognizer.load(str(options.checkpoint), device="cpu")
+        name = str(options.checkpoint)
+    else:
+        recognizer, name = untrained(options.model), f"model={options.model}, untrained"
+    told = explain_image(recognizer, options.image, text=text)
+    page = write_explanation(told, options.folder, title=f"How {name} reads {options.image.name}")
+    console.say(f"wrote {page}")
+
+
+def true_text(options: Options) -> str | None:
+    """Return the text of the image, None if there is none beside it.
+
+    Raises:
+        UserError: the file that was named cannot be read.
+    """
+    beside = options.image.with_suffix(".txt")
+    file = options.text or beside
+    if options.text is None and not beside.is_file():
+        return None
+    try:
+        return file.read_text(encoding="utf-8").rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"text={file} cannot be read: {error}. Pass text=<UTF-8 file>.") from error
+
+
+def untrained(model: str) -> "Recognizer":
+    """Return a model of the default data's canvas as it is before training, always the same.
+
+    Raises:
+        UserError: there is no such choice.
+    """
+    import torch
+
+    from paragraph_ocr.build_model import build_recognizer, vocabulary_from
+    from paragraph_ocr.reading import Recognizer
+    from paragraph_ocr.validation import compose, validate
+
+    experiment = validate(compose([f"model={model}"]))
+    torch.manual_seed(experiment.seed)
+    vocabulary = vocabulary_from(experiment.vocabulary)
+    return Recognizer(build_recognizer(experiment, vocabulary), vocabulary, experiment)
+
+
+if __name__ == "__main__":
+    sys.exit(arguments.run(Options, explain, about=__doc__ or ""))
