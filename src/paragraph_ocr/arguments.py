@@ -6,30 +6,13 @@ Values are taken as they are after the first `=`, so that a path may hold `=`, c
 import sys
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import (
-    Any,
-    ClassVar,
-    Literal,
-    Protocol,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from paragraph_ocr.errors import UserError, nearest
 
-
-class Options(Protocol):
-    """A dataclass of options. The metadata of a field may say what it is for under "help"."""
-
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-
-
-T = TypeVar("T", bound=Options)
+T = TypeVar("T")
 
 _HELP = {"--help", "-h", "help"}
 _TRUTH = {"true": True, "false": False}
@@ -60,8 +43,10 @@ def run(kind: type[T], command: Callable[[T], int | None], *, about: str) -> int
 def parse(kind: type[T], words: Sequence[str]) -> T:
     """Return the options that the words give.
 
-    Fields may be str, int, float, bool, Path, a Literal of texts, a tuple of these (parted by
-    commas), or one of these or None (written null).
+    Args:
+        kind: a dataclass. A field may be str, int, float, bool, Path, a Literal of texts, a tuple of
+            these (parted by commas), or one of them or None (written null); its metadata may say
+            under "help" what it is for.
 
     Raises:
         UserError: a word is no key=value, a key is unknown or given twice, a value is impossible, or
@@ -79,16 +64,16 @@ def parse(kind: type[T], words: Sequence[str]) -> T:
         if key in values:
             raise UserError(f"{key} is given twice. Pass it once.")
         values[key] = _value(key, text, hints[key])
-    for option in fields(kind):
+    for option in _options(kind):
         if option.name not in values and not _has_default(option):
             raise UserError(f"{option.name} has no value. Pass {option.name}={_meant(option)}.")
     return kind(**values)
 
 
-def described(kind: type[Options]) -> str:
+def described(kind: type) -> str:
     """Return a line for each option: its name, its default, what it is for."""
     lines = []
-    for option in fields(kind):
+    for option in _options(kind):
         default = "" if not _has_default(option) else f" (default {_written(_default(option))})"
         lines.append(f"  {option.name}={_meant(option)}{default}")
     return "\n".join(lines)
@@ -139,6 +124,11 @@ def _unknown(key: str, text: str, known: Sequence[str]) -> UserError:
     )
 
 
+def _options(kind: type) -> tuple[Field[Any], ...]:
+    assert is_dataclass(kind)
+    return fields(kind)
+
+
 def _has_default(option: Field[Any]) -> bool:
     return option.default is not MISSING or option.default_factory is not MISSING
 
@@ -162,6 +152,6 @@ def _meant(option: Field[Any]) -> str:
     return f"<{option.metadata.get('help', 'value')}>"
 
 
-def _missing_or_first(kind: type[Options]) -> str:
-    needed = [option.name for option in fields(kind) if not _has_default(option)]
-    return (needed or [option.name for option in fields(kind)])[0]
+def _missing_or_first(kind: type) -> str:
+    needed = [option.name for option in _options(kind) if not _has_default(option)]
+    return (needed or [option.name for option in _options(kind)])[0]

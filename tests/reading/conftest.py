@@ -1,9 +1,8 @@
 """Twelve images with their texts, and a small model that has half learnt them."""
 
-import cv2
-import numpy as np
 import pytest
 import torch
+from pages import SENTENCE, note, scans
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -14,7 +13,7 @@ CANVAS = ["datamodule.height=64", "datamodule.width=160"]
 def make_run(tmp_path_factory, images):
     """Return a function that makes the run folder of a model which has half learnt the images by heart."""
 
-    def make(*overrides, steps=100, seed=0):
+    def make(*overrides, steps=70, seed=0):
         from paragraph_ocr.build_model import build_recognizer, vocabulary_from
         from paragraph_ocr.data.scan import fit, read_scan
         from paragraph_ocr.stored import write_config
@@ -63,27 +62,14 @@ def recognizer(run_folder):
     return Recognizer.load(run_folder, device="cpu")
 
 
-def scans(folder):
-    """Return the images of a folder in order."""
-    return sorted(path for path in folder.iterdir() if path.suffix != ".txt")
-
-
-def note(text, *, height=120, width=300):
-    """Return dark writing on a light page: uint8 grey."""
-    page = np.full((height, width), 235, np.uint8)
-    for index, line in enumerate(text.split("\n")):
-        cv2.putText(page, line, (12, 40 + 34 * index), cv2.FONT_HERSHEY_SIMPLEX, 0.8, 30, 2)
-    return page
-
-
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """Return a folder of 12 images of several sizes and kinds, with .txt files beside them."""
-    folder = tmp_path_factory.mktemp("images")
+    folder, words = tmp_path_factory.mktemp("images"), SENTENCE.split()
     for index in range(12):
-        text = " ".join(WORDS[index : index + 2])
+        text = " ".join(words[index : index + 2])
         if index % 3:
-            text += "\n" + " ".join(WORDS[index + 4 : index + 6])
+            text += "\n" + " ".join(words[index + 4 : index + 6])
         page = note(text, height=90 + 9 * index, width=220 + 13 * index)
         page = 255 - page if index % 4 == 3 else page
         suffix = (".png", ".jpg", ".tif")[index % 3]

@@ -131,7 +131,7 @@ def _alto_line(block: Element, line: Line, name: str) -> None:
             CONTENT=_xml("".join(one.character for one in word)),
             WC=str(_rounded(mean_confidence(word))),
             # 0 is sure and 9 is not
-            CC="".join(str(min(9, int(10 * (1 - one.confidence)))) for one in word),
+            CC="".join(str(round(9 * (1 - one.confidence))) for one in word),
         )
 
 
