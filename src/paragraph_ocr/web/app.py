@@ -267,7 +267,9 @@ async def _body(request: Request, kind: str, *, most: int) -> bytes:
     async for part in request.stream():
         received += part
         if len(received) > most:
-            raise Refused(413, f"More than {MAX_BYTES // 10**6} MB were sent. Scale the image down.")
+            raise Refused(
+                413, f"More than {MAX_BYTES // 10**6} MB were sent. Scale the image down."
+            )
     if not received:
         raise Refused(400, "Nothing was sent.")
     return bytes(received)
