@@ -109,10 +109,8 @@ def log_model(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    # the files' own address: models:/<id> would be looked up in the database of the whole process
-    made = client.create_model_version(
-        register, logged.artifact_location, run_id, model_id=logged.model_id
-    )
+    with _address(client.tracking_uri):
+        made = client.create_model_version(register, uri, run_id, model_id=logged.model_id)
     return Logged(f"models:/{register}/{made.version}", str(made.version))
 
 
@@ -145,6 +143,20 @@ def serve_command(logged: Logged, uri: str) -> str:
         f"MLFLOW_TRACKING_URI={uri} mlflow models serve -m {logged.uri} "
         "--env-manager local --port 5001"
     )
+
+
+@contextmanager
+def _address(uri: str) -> Iterator[None]:
+    """Let MLflow look models up here: asked for one, its registry forgets the address of its client."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MLFLOW_TRACKING_URI"]
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 @contextmanager
