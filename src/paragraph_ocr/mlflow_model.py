@@ -170,6 +170,8 @@ def _ready_at_the_end(client: MlflowClient, model_id: str) -> Iterator[None]:
         client.finalize_logged_model(model_id, status)
 
 
-def _example(experiment: Experiment) -> pd.DataFrame:
+def _example(experiment: Experiment) -> pd.DataFrame | None:
     pages = draw_examples(experiment, 1)
+    if not pages:
+        return None
     return pd.DataFrame({"image": [base64.b64encode(page.png()).decode() for page in pages]})

@@ -1,5 +1,7 @@
 """onnxruntime reads what torch reads, without torch."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from pages import scans
 
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.reading.onnx import OnnxRecognizer
@@ -19,29 +22,38 @@ pytest.importorskip("onnxscript", reason="needs pip install -e '.[onnx]'")
 
 @pytest.fixture(scope="module")
 def paths(images):
-    return sorted(path for path in images.iterdir() if path.suffix != ".txt")
+    return scans(images)
 
 
 @pytest.fixture(scope="module")
-def exported(recognizer, tmp_path_factory):
-    """Return the folder of the model as graphs."""
-    import jaxtyping
-
-    from paragraph_ocr.reading.export import export_onnx
-
+def export(run_folder, images, tmp_path_factory):
+    """Return the folder of the model as graphs, and what the command said."""
     folder = tmp_path_factory.mktemp("onnx")
-    # the exporter's sizes are symbols, which a check of shapes would pin
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        export_onnx(recognizer, folder)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return folder
+    command = [sys.executable, "scripts/export.py", f"checkpoint={run_folder}", f"folder={folder}"]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    ran = subprocess.run(
+        [*command, f"images={images}"], cwd=ROOT, env=variables, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    return folder, ran.stdout
+
+
+@pytest.fixture(scope="module")
+def exported(export):
+    return export[0]
 
 
 @pytest.fixture(scope="module")
 def onnx(exported):
     return OnnxRecognizer.load(exported)
+
+
+def test_the_command_writes_the_graphs_and_compares_them_with_torch(export):
+    folder, said = export
+    names = {"encoder.onnx", "decoder_step.onnx", "config.yaml"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert re.search(r"1 at once: torch \d+ ms, onnxruntime \d+ ms, .*1 of 1 texts the same", said)
+    assert "8 of 8 texts the same" in said
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 12])

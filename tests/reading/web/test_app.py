@@ -17,7 +17,8 @@ from PIL import Image
 
 from paragraph_ocr.data.folder import FolderCorpus
 from paragraph_ocr.data.store import Store
-from paragraph_ocr.web.app import MAX_BYTES
+from paragraph_ocr.errors import UserError
+from paragraph_ocr.web.app import MAX_BYTES, build_app, serve
 
 BYTES, JSON = "application/octet-stream", "application/json"
 
@@ -168,3 +169,10 @@ def test_every_answer_forbids_loading_from_elsewhere(address):
         assert "default-src 'none'" in headers["content-security-policy"]
         if path != "/examples/0":
             assert b"http://" not in body and b"https://" not in body
+
+
+def test_a_port_that_is_taken_is_named(address, recognizer, tmp_path):
+    taken = int(address.rpartition(":")[2])
+    app = build_app(recognizer, title="another", corrections=tmp_path)
+    with pytest.raises(UserError, match=f"port={taken}.*Pass port=0"):
+        serve(app, port=taken)
