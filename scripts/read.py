@@ -32,6 +32,9 @@ class Options:
     )
     batch_size: int = field(default=16, metadata={"help": "images read together"})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:<n>"})
+    outputs: Path = field(
+        default=Path("outputs"), metadata={"help": "folder of MLflow's database, for run ids"}
+    )
 
 
 def read(options: Options) -> int:
@@ -48,7 +51,7 @@ def read(options: Options) -> int:
     from paragraph_ocr.reading import Recognizer, Refusal
     from paragraph_ocr.reading.write import FORMATS
 
-    recognizer = Recognizer.load(options.checkpoint, device=options.device)
+    recognizer = Recognizer.load(options.checkpoint, device=options.device, outputs=options.outputs)
     created, refused, began = datetime.now(UTC), 0, time.perf_counter()
     several = len(paths) > 1
     with console.progress("read", apart=True) as progress:

@@ -64,6 +64,7 @@ def test_a_framework_has_its_import_sites_and_no_others(framework):
         ("data", ("model", "learning", "config", "validation", "build", "run", "tracking")),
         ("model", ("data", "learning", "config", "validation", "build", "run", "tracking")),
         ("learning", ("data", "config", "validation", "build", "run", "tracking")),
+        ("reading", ("data.datamodule", "learning", "validation", "run", "search", "evaluate")),
     ],
 )
 def test_parts_know_only_what_lies_below_them(folder, forbidden):

@@ -207,7 +207,8 @@ def _finite(value: float) -> float | None:
 
 def _model(named: str, options: Options, overrides: Sequence[str]) -> _Model:
     """Return a model and its paragraphs, whose store is prepared if need be."""
-    checkpoint = find_checkpoint(named)
+    typed = dict(word.partition("=")[::2] for word in overrides)
+    checkpoint = find_checkpoint(named, outputs=Path(typed.get("outputs", "outputs")))
     stored = read_config(checkpoint.config)
     stored.model.weights = None  # where it started from is of no matter
     words = list(overrides)

@@ -63,17 +63,20 @@ class Recognizer:
         self.canvas = (experiment.datamodule.height, experiment.datamodule.width)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str = "auto") -> "Recognizer":
+    def load(
+        cls, path: str | Path, *, device: str = "auto", outputs: Path = Path("outputs")
+    ) -> "Recognizer":
         """Return the model of a run folder, an MLflow run or a release; see `find_checkpoint`.
 
         Args:
             device: auto (a GPU if there is one), cpu, cuda or cuda:<number>.
+            outputs: see `find_checkpoint`.
 
         Raises:
             UserError: there is no such model or device, or the files are damaged.
         """
         chosen = _device(device)
-        checkpoint = find_checkpoint(path)
+        checkpoint = find_checkpoint(path, outputs=outputs)
         experiment = read_config(checkpoint.config)
         # its own weights come next, so those it started from need not be here any more
         experiment.model.weights = None

@@ -22,7 +22,7 @@ from paragraph_ocr.reading.evaluation import (
     Read,
 )
 
-CONFUSIONS = 24
+CONFUSIONS = 20
 WRITERS = 30
 REVIEWED = (0.05, 0.1, 0.2, 0.5)
 
@@ -330,7 +330,7 @@ def _reliability(bins: Sequence[Bin]) -> str:
     side = 220
 
     def place(found: Bin) -> tuple[float, float]:
-        return 34 + side * found.confidence, 10 + side * (1 - found.right)
+        return 40 + side * found.confidence, 10 + side * (1 - found.right)
 
     most = max(found.count for found in bins)
     columns = "".join(
@@ -346,16 +346,16 @@ def _reliability(bins: Sequence[Bin]) -> str:
         for x, y in [place(found)]
     )
     ticks = "".join(
-        f'<text x="{34 + side * share:.0f}" y="{side + 26}" text-anchor="middle">{100 * share:.0f}%</text>'
-        f'<text x="28" y="{14 + side * (1 - share):.0f}" text-anchor="end">{100 * share:.0f}%</text>'
+        f'<text x="{40 + side * share:.0f}" y="{side + 26}" text-anchor="middle">{100 * share:.0f}%</text>'
+        f'<text x="34" y="{14 + side * (1 - share):.0f}" text-anchor="end">{100 * share:.0f}%</text>'
         for share in (0, 0.5, 1)
     )
     return (
-        f'<svg viewBox="0 0 270 {side + 46}" width="270" height="{side + 46}">'
-        f'<rect class="frame" x="34" y="10" width="{side}" height="{side}"/>'
-        f'<path class="diagonal" d="M34 {10 + side}L{34 + side} 10"/>{columns}'
+        f'<svg viewBox="0 0 280 {side + 46}" width="280" height="{side + 46}">'
+        f'<rect class="frame" x="40" y="10" width="{side}" height="{side}"/>'
+        f'<path class="diagonal" d="M40 {10 + side}L{40 + side} 10"/>{columns}'
         f'<polyline points="{line}"/>{dots}{ticks}'
-        f'<text x="{34 + side / 2}" y="{side + 42}" text-anchor="middle">confidence</text></svg>'
+        f'<text x="{40 + side / 2}" y="{side + 42}" text-anchor="middle">confidence</text></svg>'
         '<p class="small">Points: share of right characters. Columns: how many were written so '
         "confidently.</p>"
     )
@@ -416,7 +416,9 @@ th { font-weight: 600; color: var(--soft); }
 th, td { border-bottom: 1px solid var(--line); padding: .2rem .7rem .2rem 0; text-align: right;
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-.columns { display: flex; flex-wrap: wrap; gap: 0 2.6rem; align-items: flex-start; }
+.columns { display: flex; flex-wrap: wrap; gap: 0 2rem; align-items: flex-start; }
+.columns p { max-width: 19rem; } .columns table { font-size: .85rem; }
+.columns th, .columns td { padding-right: .55rem; }
 svg text { font: 11px system-ui, sans-serif; fill: var(--soft); }
 svg { vertical-align: middle; }
 .bar { fill: var(--bar); } .best { fill: #63b37a; } .count { fill: #e3eaf2; }

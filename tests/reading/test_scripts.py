@@ -1,0 +1,147 @@
+"""scripts/read.py and scripts/evaluate.py as they are typed."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from pages import scans
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def read(monkeypatch, tmp_path):
+    """Return a function that takes the words after scripts/read.py and returns the exit status."""
+    module = script("read")
+    monkeypatch.chdir(tmp_path)
+
+    def typed(*words):
+        monkeypatch.setattr("sys.argv", ["read.py", *words])
+        return module.arguments.run(module.Options, module.read, about=module.__doc__)
+
+    return typed
+
+
+@pytest.fixture
+def evaluate():
+    return script("evaluate").main
+
+
+def test_one_image_gives_its_text_and_nothing_else(read, recognizer, run_folder, images, capsys):
+    path = scans(images)[0]
+    assert read(f"checkpoint={run_folder}", f"image={path}", "device=cpu") == 0
+    assert capsys.readouterr().out == recognizer.read(path).text + "\n"
+
+
+def test_a_folder_gives_every_image_and_the_files_asked_for(
+    read, recognizer, run_folder, images, capsys, tmp_path
+):
+    words = [f"checkpoint={run_folder}", f"image={images}", "write=txt,json,page,alto", "into=out"]
+    assert read(*words, "batch_size=5", "device=cpu") == 0
+    shown = capsys.readouterr().out
+    for path in scans(images):
+        text = recognizer.read(path).text
+        assert f"==> {path} <==\n{text}\n" in shown
+        assert (tmp_path / "out" / f"{path.stem}.txt").read_text() == text + "\n"
+        assert json.loads((tmp_path / "out" / f"{path.stem}.json").read_text())["text"] == text
+    assert "12 of 12 images read" in shown
+    assert len(list((tmp_path / "out").iterdir())) == 48
+    assert read(*words) == 0  # again, over what it wrote before
+
+
+def test_a_glob_and_folders_within_folders(read, run_folder, images, capsys, tmp_path):
+    for name in ("a/one.png", "b/one.png", "b/two.tif", "b/two.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(scans(images)[0].read_bytes())
+    assert read(f"checkpoint={run_folder}", "image=**/*.png", "write=txt", "into=out") == 0
+    written = sorted(p.relative_to("out").as_posix() for p in Path("out").rglob("*.txt"))
+    assert written == ["a/one.txt", "b/one.txt", "b/two.txt"]
+    assert read(f"checkpoint={run_folder}", "image=b", "write=txt", "into=both") == 0
+    written = sorted(p.name for p in Path("both").rglob("*.txt"))
+    assert written == ["one.txt", "two.png.txt", "two.tif.txt"]
+
+
+def test_a_bad_image_among_others_is_one_line_and_status_2(
+    read, run_folder, images, capsys, tmp_path
+):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_text("no image")
+    (tmp_path / "bad" / "b.png").write_bytes(scans(images)[0].read_bytes())
+    assert read(f"checkpoint={run_folder}", "image=bad") == 2
+    shown = capsys.readouterr()
+    (refused,) = [line for line in shown.err.splitlines() if "bad" in line]
+    assert "a.png is no PNG" in refused
+    assert "1 of 2 images read" in shown.out
+
+
+def test_no_transcription_is_written_over(read, run_folder, images):
+    before = {path: path.read_text() for path in images.glob("*.txt")}
+    words = [f"checkpoint={run_folder}", f"image={images}", f"into={images}"]
+    assert read(*words, "write=txt") == 2
+    assert {path: path.read_text() for path in images.glob("*.txt")} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["image=x.png"], "checkpoint has no value"),
+        (["image=x.png", "checkpoint=nowhere"], "image=x.png does not exist"),
+        (["checkpoint=RUN", "image=empty"], "holds no"),
+        (["checkpoint=RUN", "image=IMAGE", "write=pdf"], "not one of txt, json, page, alto"),
+        (["checkpoint=nowhere", "image=IMAGE"], "Pass checkpoint=outputs/runs"),
+        (["checkpoint=RUN", "image=IMAGE", "batch_size=0"], "batch_size=0 must lie in"),
+        (["checkpoint=RUN", "imge=IMAGE"], "nearest: image"),
+    ],
+)
+def test_mistakes_in_reading_are_one_line(read, run_folder, images, capsys, tmp_path, words, said):
+    (tmp_path / "empty").mkdir()
+    places = {"RUN": str(run_folder), "IMAGE": str(scans(images)[0])}
+    typed = [w.replace("RUN", places["RUN"]).replace("IMAGE", places["IMAGE"]) for w in words]
+    assert read(*typed) == 2
+    refused = capsys.readouterr().err
+    assert said in refused
+    assert refused.count("\n") == 1
+
+
+def test_an_evaluation_shows_its_rates(evaluate, run_folder, capsys, tmp_path):
+    words = [f"checkpoint={run_folder}", "datamodule.split=val", "split=val", f"outputs={tmp_path}"]
+    assert evaluate([*words, "tracking=off", f"into={tmp_path / 'a=b'}"]) == 0
+    shown = capsys.readouterr().out
+    assert "12 paragraphs" in shown
+    assert "character errors" in shown
+    assert (tmp_path / "a=b" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["split=test"], "checkpoint has no value"),
+        (["checkpoint=x", "splt=test"], "nearest: split"),
+        (["checkpoint=x", "optimizer.lr=1"], "is no option here"),
+        (["checkpoint=x", "split=tset"], "Pass split=test"),
+        (["checkpoint=x"], "no run folder"),
+        (["x"], "not of the form key=value"),
+    ],
+)
+def test_mistakes_in_evaluating_are_one_line(evaluate, capsys, words, said):
+    assert evaluate(words) == 2
+    refused = capsys.readouterr().err
+    assert said in refused
+    assert refused.count("\n") == 1
+
+
+def test_both_explain_themselves(evaluate, read, capsys):
+    assert evaluate(["--help"]) == 0
+    assert "against=<" in capsys.readouterr().out
+    assert read("--help") == 0
+    assert (
+        "into=<folder of the written files> (default outputs/readings)" in capsys.readouterr().out
+    )
