@@ -3,7 +3,9 @@
 The README's install line has brought everything, so no session installs a second copy of torch.
 """
 
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import nox
@@ -62,6 +64,17 @@ def browser(session: nox.Session) -> None:
     if "no browser" in str(found):
         session.skip("install Chromium or npm to test the page in a browser")
     session.run(*PYTHON, "pytest", "-m", "browser", "tests/reading/web", *session.posargs)
+
+
+@nox.session
+def lab(session: nox.Session) -> None:
+    """The lab's notebook, run from top to bottom in a copy: 2 minutes; nox -s lab -- save keeps it."""
+    notebook = Path("docs/lab/transformers_and_paragraphs.ipynb")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copy(notebook, folder))
+        session.run(*PYTHON, "jupyter", "execute", "--inplace", "--timeout=600", str(copy))
+        if "save" in session.posargs:
+            shutil.copy(copy, notebook)
 
 
 @nox.session

@@ -82,12 +82,18 @@ def untrained(model: str) -> "Recognizer":
         UserError: there is no such choice.
     """
     import torch
+    from omegaconf import OmegaConf
 
     from paragraph_ocr.build_model import build_recognizer, vocabulary_from
+    from paragraph_ocr.config import LineCnnModel
     from paragraph_ocr.reading import Recognizer
+    from paragraph_ocr.reading.explain import NO_ATTENTION
     from paragraph_ocr.validation import compose, validate
 
-    experiment = validate(compose([f"model={model}"]))
+    composed = compose([f"model={model}"])
+    if OmegaConf.get_type(composed.model) is LineCnnModel:  # its data would be refused first
+        raise UserError(NO_ATTENTION)
+    experiment = validate(composed)
     torch.manual_seed(experiment.seed)
     vocabulary = vocabulary_from(experiment.vocabulary)
     return Recognizer(build_recognizer(experiment, vocabulary), vocabulary, experiment)

@@ -1,21 +1,35 @@
 """What is measured inside a model: against the model's own outputs, and against known answers."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from paragraph_ocr.data.fonts import load_faces
+from paragraph_ocr.data.render import render
 from paragraph_ocr.errors import UserError
+from paragraph_ocr.metrics import character_error_rate
 from paragraph_ocr.model.decoder import Attention, Decoder
 from paragraph_ocr.model.encoder import Encoder
 from paragraph_ocr.model.generate import Greedy, SpecialTokens
 from paragraph_ocr.model.line_cnn import LineCnn
 from paragraph_ocr.model.transformer import TransformerReader
-from paragraph_ocr.reading import explain
+from paragraph_ocr.reading import Recognizer, explain
 
 SPECIAL = SpecialTokens(start=1, end=2, pad=3)
 TOKENS = [1, 9, 4, 4, 17, 11, 5]
+LINE_READER = Path(__file__).parents[1] / "line_reader"
+SENTENCES = (
+    "some rise by sin and some fall",
+    "the fault is not in our stars",
+    "what is past is prologue",
+    "if music be food play on",
+    "cowards die many times before",
+    "we few we happy few we band",
+)
 
 
 @pytest.fixture(params=["pre", "post"])
@@ -190,5 +204,68 @@ def test_a_model_without_attention_is_refused():
         num_tokens=9, height=32, window_width_px=28, window_stride_px=28, channels=2, width=4,
         dropout=0.0, loss="windows", special=SPECIAL, blank=0,
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"^model=line_cnn has no attention .*Pass checkpoint="):
+    with pytest.raises(
+        UserError, match=r"^model=line_cnn has no attention .*Pass a Transformer's run"
+    ):
         explain.require_transformer(cnn)
+
+
+@pytest.fixture(scope="module")
+def drawings():
+    """Return pages of three lines that the line reader has not seen, in the font that it knows."""
+    faces, _ = load_faces(None, characters="abc")
+    (delius,) = (face for face in faces if face.name.startswith("Delius"))
+    return [
+        render(
+            sentence.split(), delius, height=112, width=256, min_lines=3, max_lines=3,
+            generator=np.random.default_rng(number),
+        )
+        for number, sentence in enumerate(SENTENCES)
+    ]  # fmt: skip
+
+
+def test_the_line_reader_reads_pages_that_it_has_not_seen(drawings):
+    reader = Recognizer.load(LINE_READER, device="cpu")
+    pages = torch.stack([torch.from_numpy(drawing.image)[None] for drawing in drawings])
+    readings = [read.text for read in reader.read_pages(pages)]
+    assert character_error_rate(readings, [drawing.text for drawing in drawings]) < 0.1
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_attention_lies_on_the_line_that_is_written(drawings, trained):
+    reader = Recognizer.load(LINE_READER, device="cpu")
+    if not trained:  # or the figure would say nothing about reading
+        torch.manual_seed(0)
+        for parameter in reader.model.decoder.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    on_line: list[list[float]] = [[], [], []]  # the line written, the one above, the one below
+    for drawing in drawings:
+        page = torch.from_numpy(drawing.image)[None]
+        seen = explain.trace(reader.model, page, reader.vocabulary.encode(drawing.text)[:-1])
+        boxes = np.clip(drawing.boxes, 0, (256, 112, 256, 112))
+        shares = [explain.mass_inside(seen.looks(), box, cell_px=seen.cell_px) for box in boxes]
+        for place, line in enumerate(explain.lines_of(drawing.text)):
+            if drawing.text[place] != "\n":
+                for sums, other in zip(on_line, (line, line - 1, line + 1), strict=True):
+                    if 0 <= other < len(boxes):
+                        sums.append(float(shares[other][place]))
+    written, above, below = map(np.mean, on_line)
+    if trained:
+        assert written > 0.5
+        assert written > 2 * max(above, below)
+    else:
+        assert written < 0.4
+
+
+def test_attention_moves_with_the_letters(drawings):
+    """The column looked at most lies at the letter that is written, or in a cell beside it."""
+    reader = Recognizer.load(LINE_READER, device="cpu")
+    near = []
+    for drawing in drawings:
+        page = torch.from_numpy(drawing.image)[None]
+        seen = explain.trace(reader.model, page, reader.vocabulary.encode(drawing.text)[:-1])
+        columns = seen.looks().sum(dim=1).argmax(dim=1) * seen.cell_px[1]
+        places = [i for i, character in enumerate(drawing.text) if not character.isspace()]
+        for place, (left, _, right, _) in zip(places, drawing.letters, strict=True):
+            near.append(left - 16 <= int(columns[place]) <= right + 8)
+    assert np.mean(near) > 0.8

@@ -25,6 +25,10 @@ from paragraph_ocr.model.transformer import TransformerReader
 BLOCKS = ("self", "cross", "forward")
 """The blocks of a layer, in order."""
 
+NO_ATTENTION = (
+    "model=line_cnn has no attention to explain. Pass a Transformer's run, or model=tiny."
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Trace:
@@ -56,10 +60,7 @@ def require_transformer(model: Reader) -> TransformerReader:
         UserError: it has no attention.
     """
     if not isinstance(model, TransformerReader):
-        raise UserError(
-            "model=line_cnn has no attention to explain. Pass checkpoint=<run of a Transformer>, "
-            "such as one of model=tiny."
-        )
+        raise UserError(NO_ATTENTION)
     return model
 
 

@@ -29,6 +29,8 @@ HEAT = "#e6550d"  # of attention on a page: orange shows on ink and on paper
 MOST_LABELS = 48
 """Characters along an axis, or pictures of a sheet, above which only the first are shown."""
 
+_MOST_TICKS = 120  # more would stand in one another
+
 _SHOWN = {" ": "␣", "\n": "⏎"}
 
 
@@ -99,7 +101,7 @@ def attention_path(trace: Trace, labels: Sequence[str]) -> Figure:
     A model that reads walks down the rows, and across the columns once for each line.
     """
     looks = trace.looks()
-    figure = _figure(max(6.0, 0.16 * len(labels) + 1.5), 5.0)
+    figure = _figure(min(20.0, max(6.0, 0.16 * len(labels) + 1.5)), 5.0)
     down, across = figure.subplots(2, 1, sharex=True)
     for axes, sums, name in ((down, looks.sum(dim=2), "row"), (across, looks.sum(dim=1), "column")):
         axes.imshow(sums.T.numpy(), aspect="auto", cmap="magma", interpolation="nearest")
@@ -116,7 +118,7 @@ def animate(
     labels: Sequence[str],
     *,
     cell_px: tuple[int, int],
-    most_frames: int = 240,
+    most_frames: int = 120,
 ) -> list[Image.Image]:
     """Return a frame for each character: the page, where the model looks, the text so far below."""
     scale = max(1, round(640 / page.shape[1]))
@@ -157,7 +159,7 @@ def causal(trace: Trace, read: Sequence[str]) -> Figure:
     read = read[:MOST_LABELS]
     means = trace.self_attention.mean(dim=1)[:, : len(read), : len(read)]
     side = 0.4 + max(3.0, 0.13 * len(read))
-    figure = _figure(side * (len(means) + 1), side)
+    figure = _figure(side * (len(means) + 1), side + 0.7)
     mask, *others = figure.subplots(1, len(means) + 1, squeeze=False)[0]
     mask.imshow(causal_mask(len(read)).numpy(), cmap="Greys", vmin=0, vmax=2)
     mask.set_title("may be seen (grey)", fontsize=9)
@@ -174,7 +176,7 @@ def causal(trace: Trace, read: Sequence[str]) -> Figure:
 
 def positions(decoder: Decoder, *, length: int, grid: tuple[int, int]) -> Figure:
     """Return the 1-D code of the text, and of the 2-D code how like one cell's is to all others'."""
-    figure = _figure(12, 3.6)
+    figure = _figure(12.0, 3.6)
     code, cell, alike = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
     one = decoder.positions[:length]
     code.imshow(one.numpy(), aspect="auto", cmap="RdBu", vmin=-1, vmax=1)
@@ -296,7 +298,7 @@ def spectra(found: Mapping[str, Sequence[Circuit]], *, width: int) -> Figure:
         found: circuits by name, one for each head.
         width: of the residual stream.
     """
-    figure = _figure(11, 2.8 * -(-len(found) // 2))
+    figure = _figure(11.0, 2.8 * -(-len(found) // 2))
     grid = figure.subplots(-(-len(found) // 2), 2, squeeze=False).ravel()
     for axes, (name, heads) in zip(grid, found.items(), strict=False):
         rank = len(heads[0].singular)
@@ -315,13 +317,20 @@ def spectra(found: Mapping[str, Sequence[Circuit]], *, width: int) -> Figure:
     return figure
 
 
-def readings(told: Trace, free: Trace, truth: Sequence[str], tokens: Sequence[str]) -> Figure:
+def readings(
+    told: Trace,
+    free: Trace,
+    truth: Sequence[str],
+    tokens: Sequence[str],
+    *,
+    name: str = "true text",
+) -> Figure:
     """Return the truth, what the model writes when fed it, and what it writes when fed its own text.
 
     Positions are compared one by one, so one character too many makes all after it red.
     """
     rows = [
-        ("true text", list(truth), None),
+        (name, list(truth), None),
         ("teacher-forced", *_written(told, tokens)),
         ("free-running", *_written(free, tokens)),
     ]
@@ -339,7 +348,7 @@ def readings(told: Trace, free: Trace, truth: Sequence[str], tokens: Sequence[st
                       "fc": colormaps["Blues"](0.45 * shade) if sure is not None else "white"},
             )  # fmt: skip
     axes.set(xlim=(-1, length), ylim=(-len(rows) + 0.3, 0.7), xticks=[])
-    axes.set_yticks(range(0, -len(rows), -1), [name for name, _, _ in rows])
+    axes.set_yticks(range(0, -len(rows), -1), [heading for heading, _, _ in rows])
     axes.spines[:].set_visible(False)
     return figure
 
@@ -427,4 +436,5 @@ def _spectrum(axes: Axes, circuit: Circuit, name: str, **style) -> None:
 
 def _label_axis(axes: Axes, texts: Sequence[str], axis: str) -> None:
     set_ticks = axes.set_xticks if axis == "x" else axes.set_yticks
-    set_ticks(range(len(texts)), [label(text) for text in texts], fontsize=6)
+    if len(texts) <= _MOST_TICKS:
+        set_ticks(range(len(texts)), [label(text) for text in texts], fontsize=6)

@@ -120,7 +120,13 @@ def plates(told: Explanation) -> Iterator[Plate]:
     if told.truth is None:
         labels.pop("teacher-forced"), traces.pop("teacher-forced")
     figures = {
-        "readings": draw.readings(seen, told.free, targets, told.vocabulary.tokens),
+        "readings": draw.readings(
+            seen,
+            told.free,
+            targets,
+            told.vocabulary.tokens,
+            name="true text" if told.truth is not None else "own reading",
+        ),
         "entropy": draw.entropies(traces, labels),
         "features": draw.features(told.page, maps),
         "attention": sheet,
@@ -267,9 +273,9 @@ _WORDS = {
     "logit_lens": (
         "The residual stream, read too early",
         "Each block adds to a stream of vectors, and the read-out turns the last into characters. Reading "
-        "the stream after every block shows where the answer arises: characters read from the page appear "
-        "after cross-attention; those guessed from the text so far before it. The top row is what is "
-        "written.",
+        "the stream after every block shows where the answer arises: what is read from the page appears "
+        "with a cross-attention. Before it the stream says where to look rather than what to write. The "
+        "top row is what is written.",
     ),
     "circuits": (
         "Low rank",
