@@ -1,7 +1,7 @@
 """From an experiment to its parts: the only place that knows both config and objects."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -125,6 +125,7 @@ def build_learner(experiment: Experiment, recognizer: Reader, vocabulary: Vocabu
         label_smoothing=regularization.label_smoothing,
         token_noise=0.0 if trainer.overfit_batches else regularization.token_noise,
         num_samples=experiment.tracking.num_samples,
+        ema=regularization.ema,
         compile=trainer.compile,
     )
 
@@ -232,7 +233,12 @@ def precision(trainer: TrainerConfig) -> str:
 
 
 def build_trainer(
-    experiment: Experiment, *, folder: Path, logger: Logger | None, callbacks: list[Callback]
+    experiment: Experiment,
+    *,
+    folder: Path,
+    logger: Logger | None,
+    callbacks: list[Callback],
+    plugins: Sequence[Any] = (),
 ) -> pl.Trainer:
     """Return Lightning's Trainer; `overfit_batches` is the data module's matter."""
     config, overfit = experiment.trainer, bool(experiment.trainer.overfit_batches)
@@ -246,7 +252,15 @@ def build_trainer(
                 check_on_train_epoch_end=False,
             ),
         ]
-    own = {"overfit_batches", "compile", "early_stopping", "precision", "profiler"}
+    own = {
+        "overfit_batches",
+        "compile",
+        "early_stopping",
+        "precision",
+        "profiler",
+        "on_nan",
+        "checkpoint",
+    }
     settings = {key: value for key, value in asdict(config).items() if key not in own}
     if config.max_epochs is None:
         settings["max_epochs"] = EPOCHS_TO_OVERFIT if overfit else EPOCHS
@@ -261,6 +275,7 @@ def build_trainer(
             gradient_clip_val=experiment.regularization.gradient_clip or None,
             logger=logger or False,
             callbacks=callbacks,
+            plugins=list(plugins),
             default_root_dir=folder,
             enable_checkpointing=False,
             enable_model_summary=False,

@@ -49,8 +49,10 @@ def vocabulary_from(config: VocabularyConfig) -> Vocabulary:
         ) from error
 
 
-def build_recognizer(experiment: Experiment, vocabulary: Vocabulary) -> Reader:
-    """Return the model, with `model.weights` loaded if given.
+def build_recognizer(
+    experiment: Experiment, vocabulary: Vocabulary, *, initial_weights: bool = True
+) -> Reader:
+    """Return the model, with `model.weights` loaded if given, unless others will follow.
 
     Raises:
         UserError: the encoder cannot be had, or the weights belong to another model.
@@ -62,7 +64,7 @@ def build_recognizer(experiment: Experiment, vocabulary: Vocabulary) -> Reader:
             recognizer = _line_cnn(model, experiment, vocabulary)
         case other:
             raise ValueError(f"no model for {type(other).__name__}")
-    if experiment.model.weights is not None:
+    if experiment.model.weights is not None and initial_weights:
         load_weights(recognizer, Path(experiment.model.weights))
     return recognizer
 

@@ -179,6 +179,7 @@ class RegularizationConfig:
     label_smoothing: float = MISSING
     gradient_clip: float = MISSING
     token_noise: float = MISSING
+    ema: float = 0.0
     augment_on: str = "device"
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
@@ -205,8 +206,15 @@ class EarlyStoppingConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    every_s: float | None = 60.0
+    every_n_steps: int | None = None
+    keep: int = 2
+
+
+@dataclass
 class TrainerConfig:
-    """Lightning's Trainer by its own names, and `compile`."""
+    """Lightning's Trainer by its own names, and what is ours: compile, on_nan, checkpoint, early_stopping."""
 
     accelerator: str = MISSING
     devices: Union[int, str] = MISSING  # noqa: UP007
@@ -227,6 +235,8 @@ class TrainerConfig:
     deterministic: bool = False
     profiler: str | None = None
     compile: bool = False
+    on_nan: str = "stop"
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
 
 
@@ -255,6 +265,7 @@ class Experiment:
     name: str | None = None
     outputs: str = MISSING
     trial: int | None = None
+    resume: str | None = None
     model: ModelConfig = MISSING
     datamodule: DataConfig = MISSING
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)

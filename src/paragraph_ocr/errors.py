@@ -16,6 +16,10 @@ class Stopped(Exception):
     """Work ended before its aim for a reason that a person can mend; shown without a traceback."""
 
 
+class Diverged(Stopped, FloatingPointError):
+    """A loss, a gradient or a metric is no number any more."""
+
+
 def nearest(name: str, known: Iterable[str], *, count: int = 3) -> list[str]:
     """Return at most `count` known names that resemble `name`, the most similar first."""
     return get_close_matches(name, sorted(known), n=count, cutoff=0.5)

@@ -115,16 +115,19 @@ def log_model(
 
 
 def log_finished(
-    checkpoint: Checkpoint, *, outputs: Path, register: str | None
+    checkpoint: Checkpoint, *, outputs: Path, register: str | None, run_id: str | None = None
 ) -> tuple[Logged, str]:
     """Log the model of a finished run to it, or to a run of its own if MLflow knows of none.
+
+    Args:
+        run_id: of the run; None looks for the one that left the folder.
 
     Returns:
         the model, and the address of MLflow's database.
     """
     folder, tracking = checkpoint.config.parent, read_config(checkpoint.config).tracking
     place: dict[str, Any] = {"experiment_name": tracking.experiment_name, "uri": tracking.uri}
-    run_id = run_of_folder(folder, outputs=outputs, **place)
+    run_id = run_id or run_of_folder(folder, outputs=outputs, **place)
     client, _ = open_experiment(outputs, name=tracking.experiment_name, uri=tracking.uri)
     if run_id is None:
         tags = {"kind": "model", "folder": str(folder)}
@@ -132,6 +135,7 @@ def log_finished(
         with made.ending():
             made.log_file(checkpoint.config)
         run_id = made.run_id
+        assert run_id is not None  # without an outbox MLflow has taken it, or raised
     files = {"config": checkpoint.config, "weights": checkpoint.weights}
     logged = log_model(client, run_id, register=register, **files)
     return logged, database_uri(outputs, tracking.uri)

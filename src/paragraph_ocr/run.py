@@ -1,13 +1,15 @@
 """One run from start to finish: build, fit, test, report."""
 
+import json
 import logging
 import os
 import re
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,16 +20,29 @@ import torch
 
 from paragraph_ocr import build, build_model, console
 from paragraph_ocr.config import Experiment
+from paragraph_ocr.ends import explain_end
 from paragraph_ocr.learning.callbacks import (
     KeepWeights,
     Measure,
+    StopWhenDiverged,
     StopWhenRead,
     TrainingProgress,
     Watch,
 )
+from paragraph_ocr.learning.checkpoint import (
+    CheckpointFiles,
+    Checkpoints,
+    RollBack,
+    SkipStep,
+    newest_checkpoint,
+    restore_best,
+)
 from paragraph_ocr.learning.learner import Learner
+from paragraph_ocr.resume import Unfinished, find_unfinished, held, identity, write_story
 from paragraph_ocr.stored import CONFIG, write_config
-from paragraph_ocr.tracking import PARENT_VARIABLE, TrackedRun, database_uri
+from paragraph_ocr.tracking import OUTBOX, PARENT_VARIABLE, TROUBLE, TrackedRun, database_uri
+
+_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 FOLDER_VARIABLE = "PARAGRAPH_OCR_RUN_FOLDER"
 """Environment variable through which a run of several processes tells the others its folder."""
@@ -54,7 +69,7 @@ def run(
     watch: Watch | None = None,
     quiet: bool = False,
 ) -> Outcome:
-    """Train, test and report one experiment.
+    """Train, test and report one experiment, or go on with one that did not come to its end.
 
     Model and optimizer are built before any data is touched, so that a mistake costs seconds.
 
@@ -68,55 +83,179 @@ def run(
 
     Raises:
         UserError: a mistake that only building shows.
+        Stopped: it ended before its aim, for a reason that a person can mend.
         KeyboardInterrupt, SystemExit: it was interrupted or terminated; MLflow says KILLED.
     """
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # of the processes that share this run
     console.console.quiet = quiet or not first
     _quiet_lightning()
-    began = time.perf_counter()
-    pl.seed_everything(experiment.seed, workers=True, verbose=False)
-    outputs = Path(experiment.outputs)
-    name = experiment.name or run_name(overrides)
-    try:
-        vocabulary = build.build_vocabulary(experiment)
-        recognizer = build_model.build_recognizer(experiment, vocabulary)
-        learner = build.build_learner(experiment, recognizer, vocabulary)
-    except Exception:
-        # a person's mistake leaves nothing behind; a trial that cannot be built is a result
-        refused = _track(experiment, outputs, name=name, tags=tags) if tags else None
-        with refused.ending() if refused else nullcontext():
-            raise
-    _announce(experiment, learner)
-
-    if first:
-        folder = make_folder(parent_folder or outputs / "runs", stem or folder_name(name))
-        os.environ[FOLDER_VARIABLE] = str(folder)
-        write_config(experiment, folder)
-        tracked = _track(
-            experiment, outputs, name=name, tags={"folder": str(folder), **(tags or {})}
+    before = None
+    if experiment.resume is not None:
+        before = find_unfinished(experiment.resume, composed=experiment, overrides=overrides)
+        if before is None:
+            console.say("resume=auto: no unfinished run of this experiment, so a new one begins.")
+        experiment = before.experiment if before else experiment
+        experiment.resume = None
+    with held(before.folder) if before and first else nullcontext():
+        checkpoint = (
+            newest_checkpoint(before.folder, identity=identity(experiment)) if before else None
         )
-    else:
-        folder, tracked = Path(os.environ[FOLDER_VARIABLE]), None
-    with _termination_as_interrupt(), tracked.ending() if tracked else nullcontext():
+        began = time.perf_counter()
+        pl.seed_everything(experiment.seed, workers=True, verbose=False)
+        name = (before and before.name) or experiment.name or run_name(overrides)
+        try:
+            vocabulary = build.build_vocabulary(experiment)
+            recognizer = build_model.build_recognizer(
+                experiment, vocabulary, initial_weights=checkpoint is None
+            )
+            learner = build.build_learner(experiment, recognizer, vocabulary)
+        except Exception:
+            # a person's mistake leaves nothing behind; a trial that cannot be built is a result
+            refused = _track(experiment, None, name=name, tags=tags) if tags else None
+            with refused.ending() if refused else nullcontext():
+                raise
+        _announce(experiment, learner)
+        if before:
+            folder = before.folder
+            step = checkpoint.name.removeprefix("step_").lstrip("0") if checkpoint else None
+            console.say(
+                f"{folder} goes on from " + (f"step {step or 0}." if step else "its beginning.")
+            )
+        elif first:
+            parent = parent_folder or Path(experiment.outputs) / "runs"
+            folder = make_folder(parent, stem or folder_name(name))
+            os.environ[FOLDER_VARIABLE] = str(folder)
+            write_config(experiment, folder)
+        else:
+            folder = Path(os.environ[FOLDER_VARIABLE])
+        with held(folder) if first and not before else nullcontext():
+            job = _Job(experiment, learner, folder=folder, name=name, watch=watch, began=began)
+            return job.run(before=before, checkpoint=checkpoint, tags=tags or {}, first=first)
+
+
+class _Job:
+    """A run that has its folder: from the data to the report."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        learner: Learner,
+        *,
+        folder: Path,
+        name: str,
+        watch: Watch | None,
+        began: float,
+    ) -> None:
+        self.experiment, self.learner, self.folder = experiment, learner, folder
+        self.name, self.watch, self.began = name, watch, began
+        self.keep = KeepWeights(folder)
+        self.tracked: TrackedRun | None = None
+        trainer = experiment.trainer
+        limits = trainer.checkpoint
+        # a trial that is killed begins again, and a rehearsal leaves nothing
+        self.keeps_checkpoints = experiment.trial is None and not trainer.fast_dev_run
+        self.checkpoints = Checkpoints(
+            folder,
+            every_s=limits.every_s,
+            every_n_steps=limits.every_n_steps,
+            keep=limits.keep,
+            limits=json.dumps([trainer.max_epochs, trainer.max_steps, trainer.max_time]),
+            before=self._bring_to_safety,
+        )
+
+    def run(
+        self,
+        *,
+        before: Unfinished | None,
+        checkpoint: Path | None,
+        tags: Mapping[str, str],
+        first: bool,
+    ) -> Outcome:
+        """Go from data to report under the eyes of MLflow, and say how it ended."""
+        if first:
+            self.tracked = _track(
+                self.experiment,
+                self.folder,
+                name=self.name,
+                tags={"folder": str(self.folder), **tags},
+                run_id=before.run_id if before else None,
+            )
+        tracked = self.tracked
+        if first:
+            self._tell(status="running")
+        try:
+            with self._ending_in_order(), tracked.ending() if tracked else nullcontext():
+                try:
+                    metrics, seconds = self._work(checkpoint)
+                except Exception as error:
+                    explained = explain_end(error, self.experiment, self.folder)
+                    if explained is None:
+                        raise
+                    raise explained from error
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+            status = "interrupted" if interrupted else "failed"
+            if first:
+                self._tell(status=status, reason=f"{type(error).__name__}: {error}"[:500])
+                if self.keeps_checkpoints:
+                    console.say(f"Go on with: python train.py resume={self.folder}")
+            raise
+        if first:
+            self._tell(status="finished", metrics=metrics)
+        return Outcome(self.folder, metrics, tracked.run_id if tracked else None, seconds)
+
+    def _tell(self, **story: Any) -> None:
+        run_id = self.tracked.run_id if self.tracked else None
+        with suppress(OSError):  # of a full disk, the reason is told already
+            write_story(self.folder, name=self.name, mlflow_run_id=run_id, **story)
+
+    def _bring_to_safety(self) -> None:
+        if self.tracked:
+            self.tracked.flush()
+
+    def _work(self, checkpoint: Path | None) -> tuple[dict[str, float], float]:
+        """Return the metrics, and the seconds spent on training, validation and test."""
+        experiment, learner, tracked, watch = (
+            self.experiment,
+            self.learner,
+            self.tracked,
+            self.watch,
+        )
         if tracked:
-            tracked.log_file(folder / CONFIG)
+            tracked.log_file(self.folder / CONFIG)
         with console.progress("prepare") as progress:
-            datamodule = build.build_datamodule(experiment, vocabulary, progress=progress)
+            datamodule = build.build_datamodule(experiment, learner.vocabulary, progress=progress)
             datamodule.prepare_data()
         datamodule.setup("fit")
         console.say(repr(datamodule))
-        keep = KeepWeights(folder)
-        callbacks: list[pl.Callback] = [keep, Measure(), TrainingProgress()]
+        limits = experiment.trainer
+        callbacks: list[pl.Callback] = [self.keep, Measure(), TrainingProgress()]
         if watch is not None:
             callbacks.append(watch)
-        if experiment.trainer.overfit_batches and experiment.trainer.early_stopping.when_read:
+        if limits.overfit_batches and limits.early_stopping.when_read:
             callbacks.append(StopWhenRead())
-        logger = tracked.logger() if tracked else None
-        trainer = build.build_trainer(experiment, folder=folder, logger=logger, callbacks=callbacks)
+        files = CheckpointFiles(identity=identity(experiment), best=self.keep.best_path)
+        if self.keeps_checkpoints:
+            callbacks.append(self.checkpoints)
+        match limits.on_nan:
+            case "stop":
+                callbacks.append(StopWhenDiverged())
+            case "skip":
+                learner.on_not_finite = SkipStep()
+            case "rollback":
+                learner.on_not_finite = RollBack(learner, self.folder, files)
+        trainer = build.build_trainer(
+            experiment,
+            folder=self.folder,
+            logger=tracked.logger() if tracked else None,
+            callbacks=callbacks,
+            plugins=[files],
+        )
+        if checkpoint is not None:
+            restore_best(checkpoint, self.keep.best_path)
         fit_began = time.perf_counter()
-        trainer.fit(learner, datamodule=datamodule)
-        metrics = _metrics(trainer)
-        limits = experiment.trainer
+        trainer.fit(learner, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+        metrics = self.checkpoints.metrics | _metrics(trainer)
         pruned = watch is not None and watch.pruned
         # max_steps or max_time may have ended it inside the first epoch
         if "val/cer" not in metrics and limits.limit_val_batches and not pruned:
@@ -124,18 +263,41 @@ def run(
             metrics |= _metrics(trainer)
         trainer.strategy.barrier()  # until the first process has written the weights
         tests = bool(limits.limit_test_batches) and not trainer.fast_dev_run and not pruned
-        if tests and keep.best_path.exists():
-            build_model.load_weights(recognizer, keep.best_path)
+        if tests and self.keep.best_path.exists():
+            build_model.load_weights(learner.kept, self.keep.best_path)
             trainer.test(learner, datamodule=datamodule, verbose=False)
             metrics |= _metrics(trainer)
         fit_seconds = time.perf_counter() - fit_began
-        metrics |= {"minutes": (time.perf_counter() - began) / 60, **_sizes(learner)}
+        metrics |= {"minutes": (time.perf_counter() - self.began) / 60, **_sizes(learner)}
         if tracked and watch is not None:
             tracked.tag("trial_state", "PRUNED" if pruned else "COMPLETE")
-        _report(experiment, learner, metrics, folder=folder, name=name, tracked=tracked)
-        if tracked and experiment.tracking.log_model and keep.best_path.exists():
-            _log_model(experiment, tracked, config=folder / CONFIG, weights=keep.best_path)
-    return Outcome(folder, metrics, tracked.run_id if tracked else None, fit_seconds)
+        _report(experiment, learner, metrics, folder=self.folder, name=self.name, tracked=tracked)
+        if tracked and experiment.tracking.log_model and self.keep.best_path.exists():
+            _log_model(experiment, tracked.run_id, folder=self.folder)
+        return metrics, fit_seconds
+
+    @contextmanager
+    def _ending_in_order(self) -> Iterator[None]:
+        """Let SIGTERM and Ctrl-C save the run and end it; a second one ends it at once."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            name = signal.Signals(number).name
+            if self.checkpoints.asked is not None or not self.checkpoints.at_work:
+                raise KeyboardInterrupt(name)
+            self.checkpoints.asked = name
+            console.warn(f"{name}: saving the run, then ending it. Once more ends it at once.")
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, handle) for number in _ENDING_SIGNALS}
+        # Lightning puts a handler of its own before ours, which would end the run without saving
+        self.checkpoints.take_signals = lambda: [signal.signal(n, handle) for n in _ENDING_SIGNALS]
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def run_name(overrides: Sequence[str]) -> str:
@@ -191,16 +353,23 @@ def _sizes(learner: Learner) -> dict[str, float]:
 
 
 def _track(
-    experiment: Experiment, outputs: Path, *, name: str, tags: Mapping[str, str]
+    experiment: Experiment,
+    folder: Path | None,
+    *,
+    name: str,
+    tags: Mapping[str, str] | None,
+    run_id: str | None = None,
 ) -> TrackedRun | None:
     tracking = experiment.tracking
     if tracking.name == "off" or experiment.trainer.fast_dev_run:
         return None
     return TrackedRun(
-        outputs,
+        Path(experiment.outputs),
         name=name,
         parameters=flatten(asdict(experiment)),
-        tags=tags,
+        tags=tags or {},
+        run_id=run_id,
+        outbox=folder / OUTBOX if folder else None,
         experiment_name=tracking.experiment_name,
         uri=tracking.uri,
         parent=os.environ.get(PARENT_VARIABLE),
@@ -250,16 +419,28 @@ def _report(
     )
 
 
-def _log_model(experiment: Experiment, tracked: TrackedRun, *, config: Path, weights: Path) -> None:
-    """Keep the model in MLflow, and say how it is served."""
+def _log_model(experiment: Experiment, run_id: str | None, *, folder: Path) -> None:
+    """Keep the model in MLflow, and say how it is served; if MLflow is away, how it is logged later."""
     # importing what serves takes a second, and most runs do not ask for it
-    from paragraph_ocr.mlflow_model import log_model, serve_command
+    from paragraph_ocr.mlflow_model import log_finished, serve_command
+    from paragraph_ocr.reading.checkpoint import find_checkpoint
 
     register = experiment.tracking.register
-    logged = log_model(
-        tracked.client, tracked.run_id, config=config, weights=weights, register=register
-    )
-    console.say(f"serve it   {serve_command(logged, tracked.uri)}")
+    try:
+        if run_id is None:
+            raise OSError("it has not taken the run either")
+        logged, uri = log_finished(
+            find_checkpoint(folder),
+            outputs=Path(experiment.outputs),
+            register=register,
+            run_id=run_id,
+        )
+    except TROUBLE as error:
+        later = f"python scripts/export.py checkpoint={folder} to=mlflow"
+        later += f" register={register}" if register else ""
+        console.warn(f"MLflow did not take the model ({error}). Log it later with {later}")
+        return
+    console.say(f"serve it   {serve_command(logged, uri)}")
 
 
 def _ui_command(experiment: Experiment) -> str:
@@ -271,20 +452,6 @@ def _ui_command(experiment: Experiment) -> str:
     return "nox -s ui" if experiment.outputs == "outputs" else f"nox -s ui -- {outputs}"
 
 
-@contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does, so that its status is told."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _quiet_lightning() -> None:
     """Leave out Lightning's advertisements and what it says of settings that are meant."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
@@ -292,6 +459,7 @@ def _quiet_lightning() -> None:
         ".*does not have many workers.*",
         ".*The number of training batches.*",
         ".*LeafSpec.*",
+        ".*resuming from a checkpoint that ended before the epoch.*",  # the sampler goes on
         ".*GPU available but not used.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*module.s. in eval mode at the start of training.*",

@@ -34,6 +34,7 @@ class ParentRun(Callback):
             uri=config.tracking.uri,
         )
         self._open.enter_context(run.ending())
+        assert run.run_id is not None
         os.environ[tracking.PARENT_VARIABLE] = run.run_id
         self._open.callback(os.environ.pop, tracking.PARENT_VARIABLE, None)
         # Hydra leaves out on_multirun_end when a job fails

@@ -1,7 +1,9 @@
 """MLflow: a run opened once, told the truth about its end, with what a person compares in it."""
 
+import base64
 import fcntl
 import functools
+import io
 import json
 import logging
 import os
@@ -16,6 +18,9 @@ from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
+# a server that is away is asked again later, between two batches: nobody waits minutes for it
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 import mlflow
 import numpy as np
@@ -24,9 +29,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from PIL import Image
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
+from requests.exceptions import RequestException
+from sqlalchemy.exc import SQLAlchemyError
 
+from paragraph_ocr import console
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.metrics import character_error_rate
 
@@ -43,6 +52,12 @@ DEFAULT_EXPERIMENT = "paragraph_ocr"
 DATABASE = "mlflow.db"
 
 _MODEL_FILES = ("config.yaml", "best.safetensors")
+
+OUTBOX = "outbox.jsonl"
+"""File in a run's folder: what MLflow could not take yet."""
+
+TROUBLE = (MlflowException, SQLAlchemyError, RequestException, OSError)
+"""What talking to MLflow raises when it is away, locked or full."""
 
 
 def database_uri(outputs: Path, uri: str | None = None) -> str:
@@ -141,9 +156,14 @@ def _make_database(path: Path, *, artifacts: Path) -> None:
 class TrackedRun:
     """One run in MLflow; leave the context with the status that is true.
 
+    What MLflow cannot take at the moment waits in `outbox`, in its order, and is sent when it answers
+    again, at the end, when the run is resumed, or by `send_outbox`.
+
     Args:
         parameters: dotted keys and values, comparable across runs in the UI.
         parent: id of the sweep's run, or None.
+        run_id: of a run that goes on; None makes a new one.
+        outbox: file for what could not be sent; None raises instead.
     """
 
     def __init__(
@@ -156,29 +176,38 @@ class TrackedRun:
         experiment_name: str = DEFAULT_EXPERIMENT,
         uri: str | None = None,
         parent: str | None = None,
+        run_id: str | None = None,
         system_metrics: bool = False,
+        outbox: Path | None = None,
     ) -> None:
-        self.client, experiment = open_experiment(outputs, name=experiment_name, uri=uri)
+        self._outbox, self._system_metrics = outbox, system_metrics
+        self._sender = _Sender(
+            outputs, uri=database_uri(outputs, uri), run_id=run_id, outbox=outbox
+        )
+        self._buffer: list[Metric] = []
+        self._flushed = time.monotonic()
         tags = {**_environment_tags(), **tags}
         if parent:
             tags[MLFLOW_PARENT_RUN_ID] = parent
-        # named here: seeding everything would seed MLflow's random names too
-        self.run_id = self.client.create_run(experiment, run_name=name, tags=tags).info.run_id
-        self.uri = database_uri(outputs, uri)
-        self._system_metrics = system_metrics
-        self._buffer: list[Metric] = []
-        self._flushed = time.monotonic()
         # MLflow cuts a value at 250 characters here and there; the whole config is an artifact
-        listed = [Param(key, str(value)[:250]) for key, value in parameters.items()]
-        for start in range(0, len(listed), 100):
-            self.client.log_batch(self.run_id, params=listed[start : start + 100])
+        listed = {key: str(value)[:250] for key, value in parameters.items()}
+        self._sender.send(
+            "begin", experiment=experiment_name, name=name, tags=tags, parameters=listed
+        )
+
+    @property
+    def run_id(self) -> str | None:
+        """None until MLflow has taken the run."""
+        return self._sender.run_id
 
     @contextmanager
     def ending(self) -> Iterator[None]:
         """Watch the system while the block runs; close the run as FINISHED, KILLED or FAILED."""
         monitor = None
-        if self._system_metrics:
-            monitor = SystemMetricsMonitor(self.run_id, sampling_interval=5, tracking_uri=self.uri)
+        if self._system_metrics and self.run_id is not None:
+            monitor = SystemMetricsMonitor(
+                self.run_id, sampling_interval=5, tracking_uri=self._sender.uri
+            )
             monitor.start()
         status = RunStatus.FAILED
         try:
@@ -193,37 +222,47 @@ class TrackedRun:
         finally:
             if monitor is not None:
                 monitor.finish()
-            self._flush()
-            self.client.set_terminated(self.run_id, RunStatus.to_string(status))
+            self.flush()
+            self._sender.try_again_at = 0.0
+            self._sender.send("end", status=RunStatus.to_string(status))
+            if self._sender.waiting and self._outbox is not None:
+                console.warn(
+                    f"MLflow did not take all of this run: the rest waits in {self._outbox}. "
+                    f"Send it later with python scripts/send.py {self._outbox.parent}"
+                )
 
     def logger(self) -> Logger:
         """Return Lightning's logger on this run."""
         return _MetricsLogger(self)
 
     def tag(self, key: str, value: str) -> None:
-        self.client.set_tag(self.run_id, key, value[:5000])
+        self._sender.send("tag", key=key, value=value[:5000])
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
-        self.client.log_artifact(self.run_id, str(path), folder)
+        self._sender.send("file", path=str(path.resolve()), folder=folder)
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Log, a few seconds' metrics at a time: the database takes milliseconds for each call."""
         now = int(time.time() * 1000)
         self._buffer += [Metric(name, float(value), now, step) for name, value in metrics.items()]
         if time.monotonic() - self._flushed > SECONDS_BETWEEN_WRITES:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
-        for start in range(0, len(self._buffer), 1000):  # MLflow takes no more at once
-            self.client.log_batch(self.run_id, metrics=self._buffer[start : start + 1000])
+    def flush(self) -> None:
+        """Bring to safety what was logged so far."""
+        if self._buffer:
+            rows = [[m.key, m.value, m.timestamp, m.step] for m in self._buffer]
+            self._sender.send("metrics", rows=rows)
         self._buffer.clear()
         self._flushed = time.monotonic()
 
     def log_images(self, images: Sequence[np.ndarray], *, folder: str) -> None:
         """Log pages ("H W", 0 is paper) as dark ink on white."""
         for index, image in enumerate(images):
-            page = (255 - image)[:, :, None].repeat(3, axis=2)
-            self.client.log_image(self.run_id, page, f"{folder}/{index:03d}.png")
+            file = io.BytesIO()
+            Image.fromarray(255 - image).convert("RGB").save(file, "PNG")
+            coded = base64.b64encode(file.getvalue()).decode()
+            self._sender.send("image", path=f"{folder}/{index:03d}.png", png=coded)
 
     def log_readings(self, pairs: Sequence[tuple[str, str]], *, name: str) -> None:
         """Log (truth, reading) pairs as a table; one name in every run lets the UI compare them."""
@@ -232,7 +271,152 @@ class TrackedRun:
             "reading": [reading for _, reading in pairs],
             "cer": [round(character_error_rate([r], [t]), 4) for t, r in pairs],
         }
-        self.client.log_table(self.run_id, table, f"{name}.json")
+        self._sender.send("table", table=table, path=f"{name}.json")
+
+
+class _Sender:
+    """Talks to MLflow of one run; what it cannot take at the moment waits in a file, in its order."""
+
+    def __init__(self, outputs: Path, *, uri: str, run_id: str | None, outbox: Path | None) -> None:
+        self.uri, self.run_id = uri, run_id
+        self._outputs, self._outbox = outputs, outbox
+        self.client: Any = None
+        self.waiting = outbox is not None and outbox.exists()
+        self.try_again_at, self._pause_s = 0.0, 30.0
+
+    def send(self, what: str, **content: Any) -> None:
+        """Give MLflow an entry, or put it behind those that wait."""
+        if self._outbox is None:
+            self._give(what, **content)
+            return
+        if self.waiting and time.monotonic() >= self.try_again_at:
+            self.send_waiting()
+        if not self.waiting:
+            try:
+                self._give(what, **content)
+                return
+            except TROUBLE as error:
+                first = " ".join(str(error).split())[:200]
+                console.warn(
+                    f"MLflow at {self.uri} does not answer ({first}). The run goes on, and what it "
+                    f"logs waits in {self._outbox}."
+                )
+                self._wait()
+        try:
+            with self._outbox.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([what, content]) + "\n")
+        except OSError as error:
+            console.warn(f"{self._outbox} cannot keep it either ({error.strerror}): it is lost.")
+
+    def send_waiting(self) -> None:
+        """Send what waits, in its order, until MLflow fails again."""
+        assert self._outbox is not None
+        lines = self._outbox.read_text(encoding="utf-8").splitlines()
+        sent = 0
+        try:
+            for line in lines:
+                if (entry := _entry(line)) is not None and self._is_own(*entry):
+                    self._give(entry[0], **entry[1])
+                sent += 1
+        except TROUBLE:
+            self._wait()
+        rest = lines[sent:]
+        aside = self._outbox.with_name(f".{self._outbox.name}.part")
+        aside.write_text("".join(f"{line}\n" for line in rest), encoding="utf-8")
+        aside.replace(self._outbox)
+        if not rest:
+            self._outbox.unlink()
+            self.waiting = False
+            console.say(f"MLflow took the {sent} entries that had waited.")
+
+    def _is_own(self, what: str, content: dict[str, Any]) -> bool:
+        """Return whether an entry is of this run: a folder from elsewhere must not name other files."""
+        assert self._outbox is not None
+        if what == "begin":
+            return True
+        if self.client is None:  # the first to be sent by a process that did not open the run
+            self.client = mlflow.MlflowClient(self.uri)
+        if what != "file":
+            return True
+        file = Path(content["path"]).resolve()
+        return file.is_file() and file.is_relative_to(self._outbox.parent.resolve())
+
+    def _wait(self) -> None:
+        self.waiting = True
+        self.try_again_at = time.monotonic() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, 600.0)
+
+    def _give(self, what: str, **content: Any) -> None:
+        """Give MLflow one entry, and raise what it raises."""
+        if what == "begin":
+            self._begin(**content)
+            return
+        assert self.run_id is not None
+        match what:
+            case "metrics":
+                rows = [Metric(*row) for row in content["rows"]]
+                for start in range(0, len(rows), 1000):  # MLflow takes no more at once
+                    self.client.log_batch(self.run_id, metrics=rows[start : start + 1000])
+            case "tag":
+                self.client.set_tag(self.run_id, content["key"], content["value"])
+            case "file":
+                self.client.log_artifact(self.run_id, content["path"], content["folder"])
+            case "image":
+                png = Image.open(io.BytesIO(base64.b64decode(content["png"])), formats=("PNG",))
+                self.client.log_image(self.run_id, png, content["path"])
+            case "table":
+                self.client.log_table(self.run_id, content["table"], content["path"])
+            case "end":
+                self.client.set_terminated(self.run_id, content["status"])
+            case other:
+                raise ValueError(f"nothing is sent as {other!r}")
+
+    def _begin(
+        self, *, experiment: str, name: str, tags: dict[str, str], parameters: dict[str, str]
+    ) -> None:
+        """Open the run that goes on, or make a new one."""
+        self.client, experiment_id = open_experiment(self._outputs, name=experiment, uri=self.uri)
+        if self.run_id is not None:
+            try:
+                self.client.update_run(self.run_id, status="RUNNING")
+                return
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                console.warn(f"MLflow at {self.uri} has lost the run: it goes on as a new one.")
+        # named here: seeding everything would seed MLflow's random names too
+        self.run_id = self.client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
+        listed = [Param(key, value) for key, value in parameters.items()]
+        for start in range(0, len(listed), 100):
+            self.client.log_batch(self.run_id, params=listed[start : start + 100])
+
+
+def send_outbox(run_folder: Path, *, outputs: Path, uri: str | None, run_id: str | None) -> str:
+    """Send what a run could not; return the id of its MLflow run.
+
+    Raises:
+        UserError: nothing waits there, or MLflow still does not answer.
+    """
+    outbox = run_folder / OUTBOX
+    if not outbox.exists():
+        raise UserError(
+            f"{run_folder}: nothing waits there to be sent. Pass a run folder with {OUTBOX}."
+        )
+    sender = _Sender(outputs, uri=database_uri(outputs, uri), run_id=run_id, outbox=outbox)
+    sender.send_waiting()
+    sent_to = sender.run_id
+    if sender.waiting or sent_to is None:
+        raise UserError(f"MLflow at {sender.uri} does not answer. Start it, and type this again.")
+    return sent_to
+
+
+def _entry(line: str) -> tuple[str, dict[str, Any]] | None:
+    """Return an entry of the outbox; None for one that was torn when its process was killed."""
+    try:
+        what, content = json.loads(line)
+    except ValueError:
+        return None
+    return what, content
 
 
 class SharedRun:
@@ -334,7 +518,7 @@ class _MetricsLogger(Logger):
         return "mlflow"
 
     @property
-    def version(self) -> str:
+    def version(self) -> str | None:
         return self._run.run_id
 
     def log_hyperparams(self, *arguments: Any, **named: Any) -> None:

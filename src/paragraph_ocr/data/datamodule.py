@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -216,14 +217,26 @@ class ParagraphDataModule(pl.LightningDataModule):
     def test_dataloader(self) -> DataLoader[Item]:
         return self._loader("test", seed=None)
 
-    def state_dict(self) -> dict[str, int]:
-        """Return where in its order the training stands; Lightning keeps it in checkpoints."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return where in its order the training stands, and in what; Lightning keeps it in checkpoints."""
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.total.state_dict()
-        epoch, batch = divmod(progress["processed"], max(1, int(self.trainer.num_training_batches)))
-        return {"epoch": epoch, "batch": batch}
+        epoch, batch = divmod(progress["completed"], max(1, int(self.trainer.num_training_batches)))
+        store = self._datasets["train"].store
+        return {"epoch": epoch, "batch": batch, "texts": store.digest()}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the training stood.
+
+        Raises:
+            UserError: the store holds other paragraphs than then.
+        """
+        store = self._datasets["train"].store
+        if state_dict["texts"] != store.digest():
+            raise UserError(
+                f"{store.path} holds other paragraphs than when this run began. Bring back the data, "
+                "or start a new run with model.weights=<run folder>."
+            )
         self._start = state_dict["epoch"], state_dict["batch"]
 
     def _loader(self, split: str, *, seed: int | None) -> DataLoader[Item]:

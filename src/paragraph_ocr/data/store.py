@@ -9,7 +9,9 @@
 A file is written aside and renamed when whole, and never changes afterwards.
 """
 
+import hashlib
 import io
+import json
 import os
 import time
 import zlib
@@ -22,7 +24,7 @@ import h5py
 import numpy as np
 
 from paragraph_ocr.data.paragraph import SPLITS, Paragraph
-from paragraph_ocr.errors import UserError
+from paragraph_ocr.errors import Stopped, UserError
 
 FORMAT = "paragraph_ocr store"
 VERSION = 1
@@ -261,18 +263,33 @@ class Store:
         """Return the rows of a split, in the order of the store."""
         return [row for row, found in enumerate(self.splits) if found == split]
 
+    def digest(self) -> str:
+        """Return a hash of its columns: equal for the same paragraphs in the same order."""
+        columns = (self.texts, self.splits, self.sources, self.canvases, self.sizes.tolist())
+        return hashlib.sha256(json.dumps(columns).encode()).hexdigest()[:32]
+
     def canvas(self, row: int) -> tuple[int, int]:
         """Return height and width in pixels of the row's image as stored, padding included."""
         return self.canvases[self._canvas_of[row]]
 
     def image(self, row: int) -> np.ndarray:
-        """Return the row's whole canvas, uint8 (H, W): 0 is paper, 255 is ink."""
+        """Return the row's whole canvas, uint8 (H, W): 0 is paper, 255 is ink.
+
+        Raises:
+            Stopped: the file went away or bad since it was opened.
+        """
         if self._owner != os.getpid():
             # a handle carried over a fork shares its state with the parent: forget it
             file = self._open()
             self._images = [_column(file, f"images/{h}x{w}") for h, w in self.canvases]
             self._owner = os.getpid()
-        return self._images[self._canvas_of[row]][self._places[row]]
+        try:
+            return self._images[self._canvas_of[row]][self._places[row]]
+        except OSError as error:
+            raise Stopped(
+                f"{self.path} cannot be read any more ({error}). Bring the file back, or delete it to "
+                "have it prepared again."
+            ) from error
 
     def close(self) -> None:
         """Close this process's handle, if it has one; the next image opens it again."""

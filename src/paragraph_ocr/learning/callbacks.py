@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 
 from paragraph_ocr import console
 from paragraph_ocr.batch import Batch
+from paragraph_ocr.errors import Diverged
+from paragraph_ocr.learning.checkpoint import LOWER_RATE
 from paragraph_ocr.learning.learner import Learner
 
 
@@ -23,7 +26,10 @@ def score(trainer: pl.Trainer) -> tuple[float, float]:
 
 
 class KeepWeights(pl.Callback):
-    """Write `best.safetensors` (lowest val/cer) and `last.safetensors`, each renamed into place."""
+    """Write `best.safetensors` (lowest val/cer) and `last.safetensors`, each renamed into place.
+
+    With averaged weights they are the average.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -33,6 +39,12 @@ class KeepWeights(pl.Callback):
     def best_path(self) -> Path:
         return self.folder / "best.safetensors"
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
     def on_validation_end(self, trainer: pl.Trainer, learner: pl.LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
@@ -41,14 +53,14 @@ class KeepWeights(pl.Callback):
             self.best = score(trainer)
             self._save(learner, "best.safetensors")
 
-    def on_train_end(self, trainer: pl.Trainer, learner: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, learner: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             self._save(learner, "last.safetensors")
 
     def _save(self, learner: pl.LightningModule, name: str) -> None:
         assert isinstance(learner, Learner)
         aside = self.folder / f".{name}.part"
-        save_file(learner.recognizer.weights(), aside)
+        save_file(learner.kept.weights(), aside)
         aside.replace(self.folder / name)
 
 
@@ -60,8 +72,30 @@ class StopWhenRead(pl.Callback):
             trainer.should_stop = True
 
 
+class StopWhenDiverged(pl.Callback):
+    """End training once the loss is no number any more.
+
+    Raises:
+        Diverged: then.
+    """
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        learner: pl.LightningModule,
+        outputs: object,
+        batch: Batch,
+        batch_index: int,
+    ) -> None:
+        if trainer.global_step % trainer.log_every_n_steps:
+            return  # reading a metric waits for the GPU
+        loss = float(trainer.callback_metrics["train/loss"])
+        if not math.isfinite(loss):
+            raise Diverged(f"train/loss is {loss} at step {trainer.global_step}. {LOWER_RATE}")
+
+
 class Watch(pl.Callback):
-    """End training early when told to, and at once when the loss is no number any more.
+    """End training early when told to.
 
     Args:
         metric: what the judge is shown, or None.
@@ -83,12 +117,7 @@ class Watch(pl.Callback):
         batch: Batch,
         batch_index: int,
     ) -> None:
-        if trainer.global_step % trainer.log_every_n_steps:
-            return  # reading a metric waits for the GPU
-        loss = float(trainer.callback_metrics["train/loss"])
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"train/loss is {loss} at step {trainer.global_step}")
-        if self.every == "step":
+        if self.every == "step" and trainer.global_step % trainer.log_every_n_steps == 0:
             self._show(trainer, trainer.global_step)
 
     def on_validation_end(self, trainer: pl.Trainer, learner: pl.LightningModule) -> None:
@@ -100,7 +129,7 @@ class Watch(pl.Callback):
             return
         value = float(trainer.callback_metrics[self.metric])
         if not math.isfinite(value):
-            raise FloatingPointError(f"{self.metric} is {value} after {done} {self.every}s")
+            raise Diverged(f"{self.metric} is {value} after {done} {self.every}s. {LOWER_RATE}")
         if self.judge(done, value):
             self.pruned = trainer.should_stop = True
 

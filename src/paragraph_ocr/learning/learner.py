@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Int
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from paragraph_ocr.batch import Batch
+from paragraph_ocr.learning.checkpoint import all_finite
 from paragraph_ocr.metrics import ReadingErrors
 from paragraph_ocr.model.reader import Reader
 from paragraph_ocr.vocabulary import SPECIAL_TOKENS, Vocabulary
@@ -35,6 +37,10 @@ class Learner(pl.LightningModule):
         max_length: tokens that a reading may have.
         max_loss_to_read: batches with a higher loss are not read, and count as wholly unread; None reads all.
         num_samples: paragraphs of each validation kept in `samples`.
+        ema: share of the averaged weights that an optimizer step keeps; they are what validation reads
+            with and what is kept. 0 keeps no average.
+        on_not_finite: told the number of an optimizer step whose gradients are not finite, which then
+            changes nothing; None does not look, because looking waits for a GPU.
     """
 
     def __init__(
@@ -51,6 +57,8 @@ class Learner(pl.LightningModule):
         label_smoothing: float,
         token_noise: float,
         num_samples: int,
+        ema: float = 0.0,
+        on_not_finite: Callable[[int], None] | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -71,6 +79,19 @@ class Learner(pl.LightningModule):
             torch.compile(recognizer.forward) if compile else recognizer.forward
         )
         self._window: list[Tensor] = []
+        self.on_not_finite = on_not_finite
+        self.average: AveragedModel | None = None
+        if ema:
+            average = get_ema_multi_avg_fn(ema)
+            self.average = AveragedModel(recognizer, multi_avg_fn=average, use_buffers=True)
+            self.average.requires_grad_(False)
+
+    @property
+    def kept(self) -> Reader:
+        """The recognizer whose weights are validated and kept: the average, if there is one."""
+        kept = self.recognizer if self.average is None else self.average.module
+        assert isinstance(kept, Reader)
+        return kept
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         schedule = self._schedule(self._optimizer, int(self.trainer.estimated_stepping_batches))
@@ -100,13 +121,26 @@ class Learner(pl.LightningModule):
         return loss / self._window[0]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Weigh accumulated gradients, and leave out those that would spoil the weights."""
+        if self._window:
+            self._weigh_window()
+        if self.on_not_finite is not None:
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            if not all_finite(gradients):
+                self.zero_grad(set_to_none=True)  # without gradients the step changes nothing
+                self.on_not_finite(self.trainer.global_step)
+
+    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
+        super().optimizer_step(*arguments, **named)
+        if self.average is not None:
+            self.average.update_parameters(self.recognizer)
+
+    def _weigh_window(self) -> None:
         """Make accumulated gradients those of one batch that holds all the tokens.
 
         Lightning has divided each part by the number of parts, which would weigh the tokens of a
         part with few of them more.
         """
-        if not self._window:
-            return
         factor = self._window[0] * self.trainer.accumulate_grad_batches / sum(self._window)
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, factor)
@@ -129,13 +163,14 @@ class Learner(pl.LightningModule):
 
     def read(self, batch: Batch) -> list[str]:
         """Return the free-running readings of a batch."""
-        readings = self.recognizer.read(
+        readings = self.kept.read(
             batch.images, batch.sizes, decoding=self.decoding, max_length=self.max_length
         )
         return [self.vocabulary.decode(reading.tokens) for reading in readings]
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
-        logits = self._predict(batch.images, batch.tokens[:, :-1], batch.sizes)
+        predict = self._predict if self.average is None else self.kept.forward
+        logits = predict(batch.images, batch.tokens[:, :-1], batch.sizes)
         loss, count = self.recognizer.loss(logits, batch.tokens[:, 1:], label_smoothing=0.0)
         # weighted by tokens, so that the mean over a split is that of its tokens
         self.log(f"{stage}/loss", loss / count, batch_size=int(count), sync_dist=True)

@@ -1,0 +1,48 @@
+"""How a run that did not reach its aim ended: one clear line for what a person can mend."""
+
+import errno
+from pathlib import Path
+
+import torch
+
+from paragraph_ocr.config import Experiment
+from paragraph_ocr.errors import Stopped
+
+
+def explain_end(error: Exception, experiment: Experiment, folder: Path) -> Stopped | None:
+    """Return the reason and the remedy in one line; None for what is no known kind of end."""
+    if isinstance(error, Stopped):
+        # a worker's comes with its traceback, and itself as the last line
+        own = str(error).strip().splitlines()[-1]
+        return (
+            Stopped(own.partition("Stopped: ")[2]) if "DataLoader worker" in str(error) else error
+        )
+    data = experiment.datamodule
+    first = next((line for line in str(error).splitlines() if line.strip()), "")[:200]
+    if isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, MemoryError | RuntimeError) and _wants_memory(first)
+    ):
+        half = max(1, data.batch_size // 2)
+        return Stopped(
+            f"Out of memory in a batch of {data.batch_size} ({first}). Pass datamodule.batch_size={half} "
+            f"trainer.accumulate_grad_batches={2 * experiment.trainer.accumulate_grad_batches}, which "
+            "learns the same."
+        )
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return Stopped(
+            f"A worker that loads data died ({first}). If the host ran out of memory, pass "
+            f"datamodule.num_workers={data.num_workers // 2}."
+        )
+    if "No space left" in str(error) or (
+        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    ):
+        return Stopped(f"The disk of {folder} is full. Make room there.")
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return Stopped(f"{folder} cannot be written to: {error.strerror}. Give it back its rights.")
+    return None
+
+
+def _wants_memory(text: str) -> bool:
+    return any(
+        words in text for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )
