@@ -13,7 +13,7 @@ import nox
 PYTHON = (sys.executable, "-m")
 
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["lint", "types", "tests", "smoke"]
+nox.options.sessions = ["lint", "types", "tests", "browser", "smoke"]
 
 
 @nox.session
@@ -52,6 +52,18 @@ def soak(session: nox.Session) -> None:
 def smoke(session: nox.Session) -> None:
     """The README's first command as a person types it: rendering, memorising, reading, MLflow."""
     session.run(*PYTHON, "pytest", "-m", "smoke", *session.posargs)
+
+
+@nox.session
+def browser(session: nox.Session) -> None:
+    """The web page in a headless Chromium: the machine's own, or one that npm carries."""
+    # Playwright's own download comes from a host that many machines cannot reach
+    getter = "tests/reading/web/browser.py"
+    found = session.run(sys.executable, getter, success_codes=[0, 3], silent=True)
+    session.log(str(found).strip())
+    if "no browser" in str(found):
+        session.skip("install Chromium or npm to test the page in a browser")
+    session.run(*PYTHON, "pytest", "-m", "browser", "tests/reading/web", *session.posargs)
 
 
 @nox.session

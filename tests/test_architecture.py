@@ -13,7 +13,11 @@ SITES = {
     "h5py": {"data/store.py"},
     "pyarrow": {"data/parquet.py"},
     "defusedxml": {"data/layout.py", "data/iam_forms.py"},
-    "mlflow": {"tracking.py"},
+    "mlflow": {"tracking.py", "mlflow_model.py", "reading/served.py"},
+    "onnxruntime": {"reading/onnx.py"},
+    "onnx": set(),  # torch's exporter writes the graphs
+    "starlette": {"web/app.py"},
+    "uvicorn": {"web/app.py"},
     "scipy": {"data/emnist.py"},
     "hydra": {
         "config.py",

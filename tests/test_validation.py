@@ -107,6 +107,9 @@ def test_a_mistake_is_one_line_with_the_remedy(typed, said):
             "datamodule.max_length=42 or more",
         ),
         ("datamodule=emnist_lines datamodule.min_characters=32", "must be below"),
+        ("tracking.register=notes", "tracking.log_model=true"),
+        ("tracking=off tracking.log_model=true", "tracking=mlflow"),
+        ("tracking.log_model=true tracking.register=a/b", "letters, digits"),
     ],
 )
 def test_what_does_not_go_together_is_one_line_with_the_remedy(typed, said):

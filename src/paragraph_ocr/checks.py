@@ -1,5 +1,6 @@
 """Which values a config may hold: each alone, what must go together, what this machine has."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from paragraph_ocr.config import (
     GeneratedData,
     IamData,
     LineCnnModel,
+    TrackingConfig,
     TrainerConfig,
     TransformerModel,
     VocabularyConfig,
@@ -185,6 +187,7 @@ def check_combinations(experiment: Experiment) -> None:
             raise UserError(
                 f"datamodule.{key}={path} is not a folder. Pass datamodule.{key}=<folder>."
             )
+    _check_tracking(experiment.tracking)
     devices = trainer.devices
     if devices != "auto" and not (
         str(devices).lstrip("-").isdecimal() and int(devices) in {-1, *range(1, 4097)}
@@ -203,6 +206,20 @@ def _is_there(path: str, *, folder: bool = False) -> bool:
         return Path(path).is_dir() if folder else Path(path).exists()
     except (OSError, ValueError):
         return False
+
+
+def _check_tracking(tracking: TrackingConfig) -> None:
+    if tracking.register is not None and not tracking.log_model:
+        raise UserError(
+            f"tracking.register={tracking.register} needs a logged model. Pass tracking.log_model=true."
+        )
+    if tracking.register is not None and not re.fullmatch(r"[\w. -]+", tracking.register):
+        raise UserError(
+            f"tracking.register={tracking.register!r} may hold letters, digits, blanks and ._- alone. "
+            "Pass tracking.register=<name>."
+        )
+    if tracking.log_model and tracking.name == "off":
+        raise UserError("tracking.log_model=true needs MLflow. Pass tracking=mlflow.")
 
 
 def _check_decoder(decoder: DecoderConfig) -> None:

@@ -255,6 +255,8 @@ class TrackingConfig:
     uri: str | None = None
     system_metrics: bool = True
     num_samples: int = 16
+    log_model: bool = False
+    register: str | None = None
 
 
 @dataclass

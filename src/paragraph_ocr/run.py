@@ -42,7 +42,7 @@ from paragraph_ocr.learning.learner import Learner
 from paragraph_ocr.learning.processes import Processes
 from paragraph_ocr.resume import Unfinished, find_unfinished, held, identity, write_story
 from paragraph_ocr.stored import CONFIG, write_config
-from paragraph_ocr.tracking import OUTBOX, PARENT_VARIABLE, TrackedRun, database_uri
+from paragraph_ocr.tracking import OUTBOX, PARENT_VARIABLE, TROUBLE, TrackedRun, database_uri
 
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -276,6 +276,8 @@ class _Job:
         if tracked and watch is not None:
             tracked.tag("trial_state", "PRUNED" if pruned else "COMPLETE")
         _report(experiment, learner, metrics, folder=self.folder, name=self.name, tracked=tracked)
+        if tracked and experiment.tracking.log_model and self.keep.best_path.exists():
+            _log_model(experiment, tracked.run_id, folder=self.folder)
         return metrics, fit_seconds
 
     @contextmanager
@@ -424,6 +426,30 @@ def _report(
         folder=folder,
         open_ui=_ui_command(experiment) if tracked else None,
     )
+
+
+def _log_model(experiment: Experiment, run_id: str | None, *, folder: Path) -> None:
+    """Keep the model in MLflow, and say how it is served; if MLflow is away, how it is logged later."""
+    # importing what serves takes a second, and most runs do not ask for it
+    from paragraph_ocr.mlflow_model import log_finished, serve_command
+    from paragraph_ocr.reading.checkpoint import find_checkpoint
+
+    register = experiment.tracking.register
+    try:
+        if run_id is None:
+            raise OSError("it has not taken the run either")
+        logged, uri = log_finished(
+            find_checkpoint(folder),
+            outputs=Path(experiment.outputs),
+            register=register,
+            run_id=run_id,
+        )
+    except TROUBLE as error:
+        later = f"python scripts/export.py checkpoint={folder} to=mlflow"
+        later += f" register={register}" if register else ""
+        console.warn(f"MLflow did not take the model ({error}). Log it later with {later}")
+        return
+    console.say(f"serve it   {serve_command(logged, uri)}")
 
 
 def _ui_command(experiment: Experiment) -> str:

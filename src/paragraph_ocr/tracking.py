@@ -54,7 +54,7 @@ DATABASE = "mlflow.db"
 OUTBOX = "outbox.jsonl"
 """File in a run's folder: what MLflow could not take yet."""
 
-_TROUBLE = (MlflowException, SQLAlchemyError, RequestException, OSError)
+TROUBLE = (MlflowException, SQLAlchemyError, RequestException, OSError)
 """What talking to MLflow raises when it is away, locked or full."""
 
 _MODEL_FILES = ("config.yaml", "best.safetensors")
@@ -301,7 +301,7 @@ class _Sender:
             try:
                 self._give(what, **content)
                 return
-            except _TROUBLE as error:
+            except TROUBLE as error:
                 first = " ".join(str(error).split())[:200]
                 console.warn(
                     f"MLflow at {self.uri} does not answer ({first}). The run goes on, and what it "
@@ -324,7 +324,7 @@ class _Sender:
                 if (entry := _entry(line)) is not None and self._is_own(*entry):
                     self._give(entry[0], **entry[1])
                 sent += 1
-        except _TROUBLE:
+        except TROUBLE:
             self._wait()
         rest = lines[sent:]
         aside = self._outbox.with_name(f".{self._outbox.name}.part")

@@ -1,6 +1,8 @@
 """The Transformer decoder: all positions at once to train, one cached step at a time to read."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -75,23 +77,21 @@ class Layer(nn.Module):
         states: Float[Tensor, "B L D"],
         memory: Float[Tensor, "2 B heads M d"],
         memory_mask: Bool[Tensor, "B 1 1 M"] | None,
-        past: "tuple[Tensor, int] | None" = None,
+        extend: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "B L D"]:
         """Return the states of the next layer.
 
         Args:
             memory: this layer's cross-attention keys and values.
-            past: this layer's cache "2 B heads T d" and the position of the only state (L = 1),
-                which is written into it; None sees all states at once under the causal mask.
+            extend: puts the only state's keys and values "2 B heads 1 d" into this layer's cache and
+                returns all so far; None sees all states at once under the causal mask.
         """
         residual = states
         inputs = self.norms[0](states) if self.pre else states
         keys_values = self.self_attention.keys_values(inputs)
-        if past is not None:
-            cache, position = past
-            cache[:, :, :, position] = keys_values[:, :, :, 0]
-            keys_values = cache[:, :, :, : position + 1]
-        gathered = self.self_attention(inputs, keys_values, causal=past is None)
+        if extend is not None:
+            keys_values = extend(keys_values)
+        gathered = self.self_attention(inputs, keys_values, causal=extend is None)
         states = self._join(residual, gathered, 0)
 
         residual = states
@@ -184,10 +184,9 @@ class Decoder(nn.Module):
 
     def step(self, tokens: Int[Tensor, " B"], cache: "Cache") -> Float[Tensor, "B V"]:
         """Return the logits of the token after `tokens`, and put those into the cache."""
-        position = cache.length
-        states = self._embed(tokens[:, None], self.positions[position])
-        for layer, cross, past in zip(self.layers, cache.crosses, cache.pasts, strict=True):
-            states = layer(states, cross, cache.mask, past=(past, position))
+        states = self._embed(tokens[:, None], self.positions[cache.length])
+        for index, (layer, cross) in enumerate(zip(self.layers, cache.crosses, strict=True)):
+            states = layer(states, cross, cache.mask, partial(cache.extend, index))
         cache.length += 1
         return self.logits(states)[:, 0]
 
@@ -209,6 +208,12 @@ class Cache:
         two, batch, heads, _, width = crosses[0].shape
         self.pasts = [cross.new_empty(two, batch, heads, max_length, width) for cross in crosses]
         self.length = 0
+
+    def extend(self, layer: int, newest: Float[Tensor, "2 B heads 1 d"]) -> Tensor:
+        """Put a layer's keys and values of the newest token into the cache; return all so far."""
+        past = self.pasts[layer]
+        past[:, :, :, self.length] = newest[:, :, :, 0]
+        return past[:, :, :, : self.length + 1]
 
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep these rows alone, in this order; a row may stand twice."""

@@ -10,13 +10,11 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Int, UInt8
-from PIL import Image
 from torch import Tensor
 
 from paragraph_ocr.build_model import (
@@ -26,32 +24,19 @@ from paragraph_ocr.build_model import (
     vocabulary_from,
 )
 from paragraph_ocr.config import Experiment, TransformerModel
-from paragraph_ocr.data.scan import fit, ink, read_grey
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.model.generate import Beam, Greedy, Reading
 from paragraph_ocr.model.reader import Reader
 from paragraph_ocr.reading.checkpoint import find_checkpoint
-from paragraph_ocr.reading.transcript import Character, Refusal, Transcript, split_lines
+from paragraph_ocr.reading.page import Picture, Prepared, prepare, transcribe
+from paragraph_ocr.reading.transcript import Refusal, Transcript
 from paragraph_ocr.stored import read_config
-from paragraph_ocr.vocabulary import SPECIAL_TOKENS, Vocabulary
+from paragraph_ocr.vocabulary import Vocabulary
 
 __all__ = ["Recognizer", "Refusal", "Transcript"]
 
-Picture = str | Path | Image.Image | np.ndarray
-"""A file, an image of Pillow's, or an array: uint8 or uint16 (H, W), uint8 (H, W, 3) or (H, W, 4)."""
-
 BATCH_SIZE = 16
 _THREADS = 4  # that prepare images while the model reads
-
-
-@dataclass(frozen=True, slots=True)
-class _Page:
-    """An image made ready."""
-
-    canvas: UInt8[Tensor, "1 H W"]
-    size: tuple[int, int]
-    source: str
-    source_size: tuple[int, int]
 
 
 class Recognizer:
@@ -121,8 +106,8 @@ class Recognizer:
         Raises:
             UserError: it is no image, or too large.
         """
-        page = self._page(image)
-        return page.canvas, page.size
+        page = prepare(image, self.canvas)
+        return torch.from_numpy(page.canvas)[None], page.size
 
     def read(self, image: Picture) -> Transcript:
         """Return the reading of one image.
@@ -130,7 +115,15 @@ class Recognizer:
         Raises:
             UserError: it is no image, or too large.
         """
-        return self._read([self._page(image)])[0]
+        return self.read_batch([image])[0]
+
+    def read_batch(self, images: Sequence[Picture]) -> list[Transcript]:
+        """Return the readings of a few images, computed together.
+
+        Raises:
+            UserError: one is no image, or too large.
+        """
+        return self._read([prepare(image, self.canvas) for image in images])
 
     def read_all(
         self, images: Iterable[Picture], *, batch_size: int = BATCH_SIZE
@@ -140,7 +133,7 @@ class Recognizer:
         Images are taken from their iterator, and prepared by a few threads, two batches ahead.
         """
         remaining = iter(images)
-        waiting: deque[Future[_Page | Refusal]] = deque()
+        waiting: deque[Future[Prepared | Refusal]] = deque()
         threads = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
         try:
             while True:
@@ -154,7 +147,7 @@ class Recognizer:
                     return
                 count = min(batch_size, len(waiting))
                 batch = [waiting.popleft().result() for _ in range(count)]
-                read = iter(self._read([page for page in batch if isinstance(page, _Page)]))
+                read = iter(self._read([page for page in batch if isinstance(page, Prepared)]))
                 for page in batch:
                     yield page if isinstance(page, Refusal) else next(read)
         finally:
@@ -164,44 +157,26 @@ class Recognizer:
         self, pages: UInt8[Tensor, "B 1 H W"], sizes: Int[Tensor, "B 2"] | None = None
     ) -> list[Transcript]:
         """Return the readings of pages that are on their canvas already, as in a `Batch`."""
-        readings = self._readings(pages, sizes)
         covered = [pages.shape[2:]] * len(pages) if sizes is None else sizes.tolist()
-        return [
-            self._transcript(reading, canvas, (int(height), int(width)))
-            for reading, canvas, (height, width) in zip(readings, pages, covered, strict=True)
+        prepared = [
+            Prepared(page[0].cpu().numpy(), (height, width), "", (height, width))
+            for page, (height, width) in zip(pages, covered, strict=True)
         ]
+        return self._transcripts(self._readings(pages, sizes), prepared)
 
-    def _page(self, image: Picture) -> _Page:
-        source = str(image) if isinstance(image, str | Path) else ""
-        file = Path(image) if isinstance(image, str) else image
-        if isinstance(file, np.ndarray):
-            file = _from_array(file)
-        grey = read_grey(file, where=source or "the image")
-        height, width = self.canvas
-        page = fit(ink(grey), height=height, width=width)
-        canvas = torch.zeros(1, height, width, dtype=torch.uint8)
-        canvas[0, : page.shape[0], : page.shape[1]] = torch.from_numpy(page)
-        return _Page(canvas, page.shape, source, grey.shape)
-
-    def _page_or_refusal(self, image: Picture) -> _Page | Refusal:
+    def _page_or_refusal(self, image: Picture) -> Prepared | Refusal:
         try:
-            return self._page(image)
+            return prepare(image, self.canvas)
         except UserError as error:
             return Refusal(str(image) if isinstance(image, str | Path) else "", str(error))
 
-    def _read(self, pages: Sequence[_Page]) -> list[Transcript]:
+    def _read(self, pages: Sequence[Prepared]) -> list[Transcript]:
         if not pages:
             return []
-        canvases = torch.stack([page.canvas for page in pages])
+        canvases = torch.from_numpy(np.stack([page.canvas for page in pages]))[:, None]
         filled = all(page.size == self.canvas for page in pages)
         sizes = None if filled else torch.tensor([page.size for page in pages])
-        return [
-            replace(
-                self._transcript(reading, page.canvas, page.size, source_size=page.source_size),
-                source=page.source,
-            )
-            for reading, page in zip(self._readings(canvases, sizes), pages, strict=True)
-        ]
+        return self._transcripts(self._readings(canvases, sizes), pages)
 
     def _readings(self, pages: Tensor, sizes: Tensor | None) -> list[Reading]:
         with torch.inference_mode():
@@ -212,34 +187,15 @@ class Recognizer:
                 max_length=self.max_length,
             )
 
-    def _transcript(
-        self,
-        reading: Reading,
-        canvas: Tensor,
-        size: tuple[int, int],
-        *,
-        source_size: tuple[int, int] | None = None,
-    ) -> Transcript:
-        characters = tuple(
-            Character(self.vocabulary.tokens[token], min(1.0, confidence))
-            for token, confidence in zip(reading.tokens, reading.confidences, strict=True)
-            if token >= len(SPECIAL_TOKENS)
-        )
-        page = canvas[0, : size[0], : size[1]].cpu().numpy()
-        full = source_size or size
-        lines = split_lines(characters, page, size=full)
-        return Transcript("", full, characters, reading.log_probability, lines)
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    grey = array.ndim == 2 and array.dtype in (np.uint8, np.uint16)
-    colour = array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8
-    if not (grey or colour) or 0 in array.shape:
-        raise UserError(
-            f"an array of {array.dtype} {array.shape} is no image. "
-            "Give uint8 of (height, width) or (height, width, 3)."
-        )
-    return Image.fromarray(array)
+    def _transcripts(
+        self, readings: Sequence[Reading], pages: Sequence[Prepared]
+    ) -> list[Transcript]:
+        return [
+            transcribe(
+                reading.tokens, reading.confidences, reading.log_probability, page, self.vocabulary
+            )
+            for reading, page in zip(readings, pages, strict=True)
+        ]
 
 
 def _device(name: str) -> torch.device:

@@ -1,0 +1,1 @@
+"""The page on which one tries a model in a browser."""
