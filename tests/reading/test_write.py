@@ -66,7 +66,7 @@ def test_the_schema_is_one_that_refuses(form, tmp_path):
 def test_the_folder_data_module_finds_the_text_again(form, text, tmp_path):
     path = tmp_path / "reading.xml"
     path.write_text(written(form, text), encoding="utf-8")
-    (region,) = read_layout(path)
+    (region,) = read_layout(path, path.read_bytes())
     assert (region.image, region.text) == ("a & b.png", text)
     assert region.polygon == ((0, 0), (400, 0), (400, 300), (0, 300))
 

@@ -225,7 +225,7 @@ class ParagraphDataModule(pl.LightningDataModule):
         """Return where in its order the training stands, and in what; Lightning keeps it in checkpoints."""
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.total.state_dict()
-        epoch, batch = divmod(progress["completed"], max(1, int(self.trainer.num_training_batches)))
+        epoch, batch = divmod(progress["processed"], max(1, int(self.trainer.num_training_batches)))
         store = self._datasets["train"].store
         return {"epoch": epoch, "batch": batch, "texts": store.digest()}
 
