@@ -281,6 +281,10 @@ class Checkpoints(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, learner: pl.LightningModule) -> None:
         self._restore(trainer)
+        if (
+            trainer.world_size > 1
+        ):  # they read different numbers of batches, so they agree now or never
+            self._leave_if_asked(trainer)
 
     def on_validation_batch_start(
         self,
@@ -292,10 +296,15 @@ class Checkpoints(pl.Callback):
     ) -> None:
         # reading may take minutes: a run that is asked to end does not wait for it, and begins with it
         # when it goes on
-        if self._asked(trainer) and trainer.state.fn == "fit":
-            if not trainer.fit_loop.epoch_loop._should_accumulate():
-                self.save(trainer)
-            raise Interrupted(self.asked)
+        if trainer.world_size == 1:
+            self._leave_if_asked(trainer)
+
+    def _leave_if_asked(self, trainer: pl.Trainer) -> None:
+        if not self._asked(trainer):
+            return
+        if trainer.state.fn == "fit" and not trainer.fit_loop.epoch_loop._should_accumulate():
+            self.save(trainer)
+        raise Interrupted(self.asked)
 
     def on_validation_end(self, trainer: pl.Trainer, learner: pl.LightningModule) -> None:
         self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -308,8 +317,8 @@ class Checkpoints(pl.Callback):
         batch_index: int,
         dataloader_index: int = 0,
     ) -> None:
-        if self._asked(trainer):
-            raise Interrupted(self.asked)
+        if trainer.world_size == 1:
+            self._leave_if_asked(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, learner: pl.LightningModule, batch: Batch, batch_index: int
