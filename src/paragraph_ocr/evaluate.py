@@ -211,6 +211,8 @@ def _model(named: str, options: Options, overrides: Sequence[str]) -> _Model:
     checkpoint = find_checkpoint(named, outputs=Path(typed.get("outputs", "outputs")))
     stored = read_config(checkpoint.config)
     stored.model.weights = None  # where it started from is of no matter
+    if not Path(stored.outputs).is_dir():  # those of another machine
+        stored.outputs = "outputs"
     words = list(overrides)
     if any(word.startswith("datamodule=") for word in words):
         data = stored.datamodule

@@ -122,6 +122,8 @@ def run_of_folder(
     folder: Path, *, outputs: Path, experiment_name: str, uri: str | None
 ) -> str | None:
     """Return the id of the run that left this folder, if MLflow knows it."""
+    if "'" in folder.name:  # no run's own folder, and MLflow's filters have no way to quote it
+        return None
     client, experiment = open_experiment(outputs, name=experiment_name, uri=uri)
     for run in client.search_runs([experiment], f"tags.folder LIKE '%{folder.name}'"):
         if Path(run.data.tags["folder"]).resolve() == folder.resolve():

@@ -1,6 +1,7 @@
 """Reading: alone or in batches, from every kind of image, and what is refused."""
 
 import itertools
+import os
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from paragraph_ocr.data.scan import MAX_PIXELS
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.reading import Recognizer, Refusal, Transcript
+from paragraph_ocr.reading.checkpoint import find_checkpoint
 from paragraph_ocr.reading.transcript import bands
 
 HEAVY = ("pytorch_lightning", "hydra", "mlflow", "optuna", "torchmetrics")
@@ -230,6 +232,19 @@ def test_weights_beside_a_config_are_a_checkpoint(run_folder, images, tmp_path):
     assert whole.canvas == (64, 160)
 
 
+def test_a_pattern_means_the_newest_run_that_it_matches(run_folder, tmp_path):
+    for age, name in enumerate(("new_run", "old_run", "older_run")):
+        (tmp_path / name).mkdir()
+        for file in ("config.yaml", "best.safetensors"):
+            (tmp_path / name / file).write_bytes((run_folder / file).read_bytes())
+        os.utime(tmp_path / name / "config.yaml", (1e9 - age, 1e9 - age))
+    (tmp_path / "no_run").mkdir()
+    assert find_checkpoint(f"{tmp_path}/*_run").weights.parent == tmp_path / "new_run"
+    assert find_checkpoint(f"{tmp_path}/old*").weights.parent == tmp_path / "old_run"
+    with pytest.raises(UserError, match="no run folder"):
+        find_checkpoint(f"{tmp_path}/no*")
+
+
 def test_a_run_without_its_first_weights_can_be_read(make_run, images):
     import yaml
 
@@ -239,6 +254,28 @@ def test_a_run_without_its_first_weights_can_be_read(make_run, images):
     tree["model"]["encoder"]["pretrained"] = True
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
     assert isinstance(Recognizer.load(folder).read(scans(images)[0]), Transcript)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=line_cnn"],
+        [
+            "model=line_cnn",
+            "model.loss=ctc",
+            "model.window_stride_px=2",
+            "datamodule.max_length=30",
+        ],
+        ["decoding=beam", "decoding.beam_width=2"],
+    ],
+)
+def test_every_kind_of_model_and_decoding_reads(make_run, images, overrides):
+    recognizer = Recognizer.load(make_run(*overrides, steps=0), device="cpu")
+    paths = scans(images)[:3]
+    for path, together in zip(paths, recognizer.read_all(paths), strict=True):
+        assert isinstance(together, Transcript)
+        assert together.text == recognizer.read(path).text
+        assert len(together.text) <= recognizer.max_length
 
 
 def test_what_is_no_checkpoint_is_refused_with_what_to_type(run_folder, tmp_path, monkeypatch):

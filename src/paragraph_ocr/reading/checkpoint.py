@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 
 from paragraph_ocr.errors import UserError, nearest
@@ -26,7 +27,8 @@ def find_checkpoint(path: str | Path, *, outputs: Path = Path("outputs")) -> Che
 
     Args:
         path: a folder that holds config.yaml and best.safetensors; another weights file in such a
-            folder; the id of an MLflow run; or the name of a released model.
+            folder; a pattern, of which the newest such folder is meant; the id of an MLflow run; or
+            the name of a released model.
         outputs: where MLflow's database is looked for, unless MLFLOW_TRACKING_URI says it.
 
     Raises:
@@ -37,6 +39,10 @@ def find_checkpoint(path: str | Path, *, outputs: Path = Path("outputs")) -> Che
         return _checked(here.parent, here)
     if here.is_dir():
         return _checked(here, here / BEST)
+    matches = map(Path, glob(named))  # noqa: PTH207  (Path.glob takes no absolute pattern)
+    if found := [match for match in matches if (match / CONFIG).is_file()]:
+        newest = max(found, key=lambda folder: (folder / CONFIG).stat().st_mtime_ns)
+        return _checked(newest, newest / BEST)
     if re.fullmatch(r"[0-9a-f]{32}", named):
         # MLflow takes seconds to import, and a folder needs none of it
         from paragraph_ocr.tracking import folder_of_run
