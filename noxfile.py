@@ -41,7 +41,7 @@ def slow(session: nox.Session) -> None:
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """Searches killed twenty times, four processes on one study, memory over thirty trials, fuzzing: 20 minutes."""
+    """Searches killed, shared and watched for memory, and fuzzing: 20 minutes."""
     session.run(*PYTHON, "pytest", "-m", "soak", "-s", *session.posargs)
 
 
