@@ -32,7 +32,8 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Everything that runs in minutes on a CPU."""
-    session.run(*PYTHON, "pytest", *session.posargs)
+    two = ("-n", "2", "--dist", "worksteal")  # most of it waits for processes that start
+    session.run(*PYTHON, "pytest", *two, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session
