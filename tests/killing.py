@@ -55,7 +55,7 @@ def start(typed, *, said=os.devnull, inject=None):
             inject()
         status = train.main()
     except SystemExit as ended:
-        status = ended.code if isinstance(ended.code, int) else 1
+        status = ended.code or 0
     except BaseException:
         traceback.print_exc()
         status = 71  # what Python would make 1 of, with its traceback
@@ -92,9 +92,9 @@ def kill_until_done(typed, outputs, *, kills, number=signal.SIGKILL, dice=None):
         if len(struck) < kills:
             further = dice.choice([0, 1, 1, 2, 3, 4])
             until_further_checkpoints(pid, outputs, further)
-            wait(pid, dice.uniform(0, 0.5))
+            wait(pid, dice.uniform(0, 0.15))
         else:
-            wait(pid, 240)
+            wait(pid, 900)
         if has_ended(pid):
             status = collect(pid)
             assert status == 0, status
@@ -116,7 +116,7 @@ def newest(outputs):
     return max((path.name for path in outputs.glob("runs/*/checkpoints/step_*")), default=None)
 
 
-def until_further_checkpoints(pid, outputs, count, *, seconds=120):
+def until_further_checkpoints(pid, outputs, count, *, seconds=600):
     """Wait until `count` checkpoints were written from now on, or the child has ended."""
     seen, last, until = 0, newest(outputs), time.monotonic() + seconds
     while seen < count and not has_ended(pid):

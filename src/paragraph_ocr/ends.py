@@ -12,10 +12,11 @@ from paragraph_ocr.errors import Stopped, UserError
 def explain_end(error: Exception, experiment: Experiment, folder: Path) -> Exception | None:
     """Return the reason and the remedy in one line; None for what is no known kind of end."""
     if isinstance(error, Stopped | UserError):
-        if "DataLoader worker" not in str(error):
+        whole = str(error.args[0])
+        if "DataLoader worker" not in whole:
             return error
         # a worker's comes with its traceback, and itself as the last line
-        return type(error)(str(error).strip().splitlines()[-1].partition(": ")[2])
+        return type(error)(whole.strip().splitlines()[-1].partition(": ")[2])
     data = experiment.datamodule
     first = next((line for line in str(error).splitlines() if line.strip()), "")[:200]
     if isinstance(error, torch.OutOfMemoryError) or (

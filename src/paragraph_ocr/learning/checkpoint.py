@@ -250,10 +250,12 @@ class Checkpoints(pl.Callback):
         self.at_work = False
 
     def on_fit_start(self, trainer: pl.Trainer, learner: pl.LightningModule) -> None:
-        self.take_signals()
         if self._ended_by == self.limits:
             trainer.should_stop = True  # which Lightning forgets, if that is what ended it
         self._ended_by = None
+
+    def on_train_start(self, trainer: pl.Trainer, learner: pl.LightningModule) -> None:
+        self.take_signals()
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, learner: pl.LightningModule, checkpoint: dict[str, Any]
