@@ -22,6 +22,10 @@ ENOUGH = ["datamodule.batch_size=2", "trainer.limit_train_batches=6", "trainer.l
           "datamodule.width=256", "decoding.max_loss=0.1"]  # fmt: skip
 """For data modules of real corpora: small pages, and nothing read that could not be read anyway."""
 
+FEW = ["datamodule.batch_size=8", "datamodule.num_train=48", "datamodule.num_val=8",
+       "datamodule.num_test=8", "decoding.max_loss=0.1"]  # fmt: skip
+"""For EMNIST's characters, of which there are as many as one asks for."""
+
 
 @pytest.fixture
 def outputs(tmp_path):
@@ -43,6 +47,7 @@ def unbroken(tmp_path_factory):
 def kinds(iam_copies, emnist, tmp_path):
     """Return for each kind of data module what is typed to train on a little of it."""
     iam = f"datamodule.root={iam_copies / 'half'}"
+    characters = f"datamodule.root={emnist['gzip archive']}"
     return {
         "fake": [],
         "synthetic_notes": ["datamodule=synthetic_notes", "debug=ci"],
@@ -52,8 +57,8 @@ def kinds(iam_copies, emnist, tmp_path):
         "iam_paragraphs": ["datamodule=iam_paragraphs", iam, *ENOUGH],
         "iam_synthetic_paragraphs": ["datamodule=iam_synthetic_paragraphs", iam, *ENOUGH],
         "iam_original_and_synthetic": ["datamodule=iam_original_and_synthetic", iam, *ENOUGH],
-        "emnist": ["datamodule=emnist", f"datamodule.root={emnist['gzip']}"],
-        "emnist_lines": ["datamodule=emnist_lines", f"datamodule.root={emnist['gzip']}"],
+        "emnist": ["datamodule=emnist", characters, *FEW],
+        "emnist_lines": ["datamodule=emnist_lines", characters, *FEW],
         "folder": ["datamodule=folder", f"datamodule.root={tmp_path}", *ENOUGH],
     }
 
