@@ -8,6 +8,7 @@ import signal
 import pytest
 
 import killing
+from paragraph_ocr import console
 
 QUICK = [
     "model=tiny", "datamodule=fake", "debug=ci", "trainer=cpu", "regularization=standard",
