@@ -52,7 +52,13 @@ def kinds(iam_copies, emnist, tmp_path):
     return {
         "fake": [],
         "synthetic_notes": ["datamodule=synthetic_notes", "debug=ci"],
-        "synthetic_lines": ["datamodule=synthetic_lines", "debug=ci", "model=line_cnn"],
+        "synthetic_lines": [
+            "datamodule=synthetic_lines",
+            "debug=ci",
+            "model=line_cnn",
+            "datamodule.max_lines=1",
+            "model.channels=4",
+        ],  # fmt: skip
         "synthetic_paragraphs": ["datamodule=synthetic_paragraphs", "debug=ci"],
         "iam_lines": ["datamodule=iam_lines", iam, *ENOUGH],
         "iam_paragraphs": ["datamodule=iam_paragraphs", iam, *ENOUGH],
