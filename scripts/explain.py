@@ -7,6 +7,7 @@ Writes a picture of each, an animation, and explain.html with all of them. The i
 forcing, is taken from the .txt file beside it if there is one.
 """
 
+import glob
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    image: Path = field(metadata={"help": "file"})
+    image: str = field(metadata={"help": "file, or a glob, of which the first is taken"})
     checkpoint: str | None = field(
         default=None, metadata={"help": "run folder, MLflow run id, or released model"}
     )
@@ -44,30 +45,39 @@ def explain(options: Options) -> None:
             "checkpoint has no value. Pass checkpoint=outputs/runs/<run>, or model=tiny for an "
             "untrained model; not both."
         )
-    text = true_text(options)
+    image = first_image(options.image)
+    text = true_text(options.text, image)
     # torch takes seconds to import: not before the arguments are known to be good
     from paragraph_ocr.reading import Recognizer
+    from paragraph_ocr.reading.checkpoint import find_checkpoint
     from paragraph_ocr.reading.explain_page import explain_image, write_explanation
 
     if options.model is None:
         recognizer = Recognizer.load(str(options.checkpoint), device="cpu")
-        name = str(options.checkpoint)
+        name = find_checkpoint(str(options.checkpoint)).config.parent.name
     else:
         recognizer, name = untrained(options.model), f"model={options.model}, untrained"
-    told = explain_image(recognizer, options.image, text=text)
-    page = write_explanation(told, options.folder, title=f"How {name} reads {options.image.name}")
+    told = explain_image(recognizer, image, text=text)
+    page = write_explanation(told, options.folder, title=f"How {name} reads {image.name}")
     console.say(f"wrote {page}")
 
 
-def true_text(options: Options) -> str | None:
+def first_image(image: str) -> Path:
+    """Return the file, or the first that a glob finds; a file that is not there is refused by its reader."""
+    if Path(image).exists():
+        return Path(image)
+    return Path(min(glob.glob(image), default=image))  # noqa: PTH207  (Path.glob takes no absolute pattern)
+
+
+def true_text(named: Path | None, image: Path) -> str | None:
     """Return the text of the image, None if there is none beside it.
 
     Raises:
         UserError: the file that was named cannot be read.
     """
-    beside = options.image.with_suffix(".txt")
-    file = options.text or beside
-    if options.text is None and not beside.is_file():
+    beside = image.with_suffix(".txt")
+    file = named or beside
+    if named is None and not beside.is_file():
         return None
     try:
         return file.read_text(encoding="utf-8").rstrip("\n")

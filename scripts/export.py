@@ -48,11 +48,12 @@ def to_onnx(options: Options) -> None:
     images = sorted_images(options.images) if options.images else []
     # torch takes seconds to import: not before the arguments are known to be good
     from paragraph_ocr.reading import Recognizer
+    from paragraph_ocr.reading.checkpoint import find_checkpoint
     from paragraph_ocr.reading.export import compare, export_onnx
     from paragraph_ocr.reading.onnx import OnnxRecognizer
 
-    recognizer = Recognizer.load(options.checkpoint, device="cpu")
-    name = Path(options.checkpoint).name
+    recognizer = Recognizer.load(options.checkpoint, device="cpu", outputs=options.outputs)
+    name = find_checkpoint(options.checkpoint, outputs=options.outputs).config.parent.resolve().name
     folder = options.folder or options.outputs / "onnx" / name
     if recognizer.experiment.decoding.name == "beam":
         console.warn("decoding=beam: onnxruntime will read greedily.")

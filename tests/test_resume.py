@@ -58,7 +58,7 @@ def kinds(iam_copies, emnist, tmp_path):
             "model=line_cnn",
             "datamodule.max_lines=1",
             "model.channels=4",
-        ],  # fmt: skip
+        ],
         "synthetic_paragraphs": ["datamodule=synthetic_paragraphs", "debug=ci"],
         "iam_lines": ["datamodule=iam_lines", iam, *ENOUGH],
         "iam_paragraphs": ["datamodule=iam_paragraphs", iam, *ENOUGH],
