@@ -116,7 +116,11 @@ def build_learner(experiment: Experiment, recognizer: Reader, vocabulary: Vocabu
     if not any(parameter.requires_grad for parameter in recognizer.parameters()):
         raise UserError("model: nothing is left to train. Pass model.encoder.freeze=false.")
     optimizer = build_optimizer(
-        recognizer, weight_decay=regularization.weight_decay, **asdict(experiment.optimizer)
+        recognizer,
+        weight_decay=regularization.weight_decay,
+        # Lightning cannot clip what a fused step would unscale
+        fused=_uses_gpus(trainer) and not _scales_loss(trainer),
+        **asdict(experiment.optimizer),
     )
     return Learner(
         recognizer,
@@ -132,6 +136,10 @@ def build_learner(experiment: Experiment, recognizer: Reader, vocabulary: Vocabu
         num_samples=experiment.tracking.num_samples,
         ema=regularization.ema,
         compile=trainer.compile,
+        # scaling would have to be part of the graph; so would the talk of several processes
+        cuda_graphs=trainer.cuda_graphs
+        and num_processes(trainer) == 1
+        and not _scales_loss(trainer),
     )
 
 
@@ -237,6 +245,10 @@ def precision(trainer: TrainerConfig) -> str:
     return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
 
 
+def _scales_loss(trainer: TrainerConfig) -> bool:
+    return precision(trainer) == "16-mixed"
+
+
 def num_processes(trainer: TrainerConfig) -> int:
     """Return how many processes train together: one for each device asked for."""
     if str(trainer.devices) in {"auto", "-1"}:
@@ -278,6 +290,7 @@ def build_trainer(
     own = {
         "overfit_batches",
         "compile",
+        "cuda_graphs",
         "early_stopping",
         "precision",
         "profiler",
@@ -299,6 +312,7 @@ def build_trainer(
             strategy=Processes() if together else "auto",
             plugins=[*plugins, *([SynchronisedBatchNorm()] if on_gpus else [])],
             precision=precision(config),  # type: ignore[arg-type]
+            benchmark=_uses_gpus(config) and not config.deterministic,
             profiler=_profiler(config.profiler, folder),
             gradient_clip_val=experiment.regularization.gradient_clip or None,
             logger=logger or False,

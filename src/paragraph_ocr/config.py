@@ -214,7 +214,9 @@ class CheckpointConfig:
 
 @dataclass
 class TrainerConfig:
-    """Lightning's Trainer by its own names, and what is ours: compile, on_nan, checkpoint, early_stopping."""
+    """Lightning's Trainer by its own names, and what is ours: compile, cuda_graphs, on_nan, checkpoint,
+    early_stopping.
+    """
 
     accelerator: str = MISSING
     devices: Union[int, str] = MISSING  # noqa: UP007
@@ -235,6 +237,7 @@ class TrainerConfig:
     deterministic: bool = False
     profiler: str | None = None
     compile: bool = False
+    cuda_graphs: bool = True
     on_nan: str = "stop"
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)

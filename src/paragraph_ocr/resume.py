@@ -29,6 +29,7 @@ CHANGEABLE = (
     "trainer.checkpoint.every_s",
     "trainer.checkpoint.keep",
     "trainer.compile",
+    "trainer.cuda_graphs",
     "trainer.devices",
     "trainer.max_epochs",
     "trainer.max_steps",

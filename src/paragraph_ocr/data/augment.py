@@ -95,7 +95,8 @@ class Augment(nn.Module):
     ) -> Float[Tensor, "B H W 2"]:
         """Return where each pixel comes from: projective about the centre, and elastic beyond it."""
         height, width = pages.shape[2:]
-        canvas = torch.tensor([width, height], device=pages.device)
+        # filled on the device: a copy from the host would hold a GPU up
+        canvas = torch.cat([pages.new_full((1,), side) for side in (width, height)])
         half = (canvas.expand(len(pages), 2) if sizes is None else sizes.flip(1)) / 2
         view = _keep_ink(pages, self._view(pages, half), half, reach=1 + self._elastic_reach)
         xs = torch.arange(width, device=pages.device) + 0.5
@@ -103,7 +104,7 @@ class Augment(nn.Module):
         places = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1)
         from_shift = places - (half + view.shift)[:, None, None]
         depth = 1 + (from_shift * view.tilt[:, None, None]).sum(dim=-1, keepdim=True)
-        grid = from_shift @ view.back.mT[:, None] / depth
+        grid = (from_shift.unsqueeze(-2) * view.back[:, None, None]).sum(dim=-1) / depth
         for strength, spacing in (
             (self.strengths.elastic_px, COARSE_PX),
             (self.strengths.tremor_px, FINE_PX),
@@ -158,13 +159,13 @@ def _keep_ink(
     bounds = []
     for axis, along in enumerate((ink.any(dim=1), ink.any(dim=2))):
         places = torch.arange(along.shape[1], device=pages.device) + 0.5 - half[:, axis, None]
-        inside = torch.where(along, places, places.new_tensor(0.0))
+        inside = torch.where(along, places, 0.0)
         bounds += [inside.amin(dim=1) - reach, inside.amax(dim=1) + reach]
     left, right, top, bottom = bounds
     corners = torch.stack(
         [torch.stack([x, y], dim=1) for x in (left, right) for y in (top, bottom)], dim=2
     )
-    flat = torch.linalg.inv(view.back) @ corners
+    flat = _inverse(view.back) @ corners
     placed = flat / (1 - view.tilt.unsqueeze(1) @ flat)
     low, high = placed.amin(dim=2), placed.amax(dim=2)
     room = 2 * half - 2.0
@@ -172,6 +173,12 @@ def _keep_ink(
     low, high = low * size, high * size
     shift = torch.clamp(view.shift, -room / 2 - low, room / 2 - high)
     return View(view.back / size.unsqueeze(2), view.tilt / size, shift)
+
+
+def _inverse(matrices: Float[Tensor, "B 2 2"]) -> Float[Tensor, "B 2 2"]:
+    """Return the inverse of each matrix; torch's own waits for a GPU, to look for singular ones."""
+    (a, b), (c, d) = (row.unbind(dim=-1) for row in matrices.unbind(dim=-2))
+    return torch.stack([d, -b, -c, a], dim=-1).view(-1, 2, 2) / (a * d - b * c)[:, None, None]
 
 
 @lru_cache(maxsize=1024)  # pages of many sizes

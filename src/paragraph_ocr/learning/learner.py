@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from paragraph_ocr.batch import Batch
 from paragraph_ocr.learning.checkpoint import all_finite
+from paragraph_ocr.learning.graphs import RecordedLoss
 from paragraph_ocr.learning.processes import send_buffers
 from paragraph_ocr.metrics import ReadingErrors, TokenLoss
 from paragraph_ocr.model.reader import Reader
@@ -41,6 +42,7 @@ class Learner(pl.LightningModule):
         num_samples: paragraphs of each validation kept in `samples`.
         ema: share of the averaged weights that an optimizer step keeps; they are what validation reads
             with and what is kept. 0 keeps no average.
+        cuda_graphs: record the training step as CUDA graphs (one process, no loss scaling).
         on_not_finite: told the number of an optimizer step whose gradients are not finite, which then
             changes nothing; None does not look, because looking waits for a GPU.
     """
@@ -62,6 +64,7 @@ class Learner(pl.LightningModule):
         ema: float = 0.0,
         on_not_finite: Callable[[int], None] | None = None,
         compile: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         self.recognizer = recognizer
@@ -81,6 +84,11 @@ class Learner(pl.LightningModule):
         # a plain attribute: the compiled module must not add its weights a second time
         self._predict: Callable[..., Tensor] = (
             torch.compile(recognizer.forward) if compile else recognizer.forward
+        )
+        self._training_loss: Callable[..., tuple[Tensor, Tensor]] = (
+            RecordedLoss(self._loss, recognizer, pad=vocabulary.pad, longest=max_length)
+            if cuda_graphs
+            else self._loss
         )
         self._window: list[Tensor] = []
         self.on_not_finite = on_not_finite
@@ -112,19 +120,7 @@ class Learner(pl.LightningModule):
             torch.manual_seed(int(seed[0]))
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        # in float32, so that mixed precision sees the very pages that full precision does
-        with torch.autocast(self.device.type, enabled=False):
-            images = self.augment(batch.images, batch.sizes)
-        inputs = add_token_noise(
-            batch.tokens[:, :-1],
-            share=self.token_noise,
-            first=len(SPECIAL_TOKENS),
-            num_tokens=len(self.vocabulary),
-        )
-        logits = self._predict(images, inputs, batch.sizes)
-        loss, count = self.recognizer.loss(
-            logits, batch.tokens[:, 1:], label_smoothing=self.label_smoothing
-        )
+        loss, count = self._training_loss(batch.images, batch.tokens, batch.sizes)
         total, count = self._over_processes(loss.detach(), count)
         self.log("train/loss", total / count, batch_size=len(batch), prog_bar=True)
         loss = loss * self.trainer.world_size  # the mean of the processes' gradients is their sum
@@ -132,6 +128,20 @@ class Learner(pl.LightningModule):
             return loss / count
         self._window.append(count)
         return loss / self._window[0]
+
+    def _loss(self, images: Tensor, tokens: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the loss of a batch summed over its tokens, and their number."""
+        # in float32, so that mixed precision sees the very pages that full precision does
+        with torch.autocast(images.device.type, enabled=False):
+            images = self.augment(images, sizes)
+        inputs = add_token_noise(
+            tokens[:, :-1],
+            share=self.token_noise,
+            first=len(SPECIAL_TOKENS),
+            num_tokens=len(self.vocabulary),
+        )
+        logits = self._predict(images, inputs, sizes)
+        return self.recognizer.loss(logits, tokens[:, 1:], label_smoothing=self.label_smoothing)
 
     def _over_processes(self, loss: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """Return loss and number of tokens of this step's batches, summed over all processes."""

@@ -14,11 +14,20 @@ _OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torc
 
 
 def build_optimizer(
-    module: nn.Module, *, name: str, lr: float, weight_decay: float, extra: dict[str, Any]
+    module: nn.Module,
+    *,
+    name: str,
+    lr: float,
+    weight_decay: float,
+    extra: dict[str, Any],
+    fused: bool = False,
 ) -> torch.optim.Optimizer:
     """Return the optimizer over the parameters that want a gradient.
 
     Biases, norms and embeddings never decay: their size carries meaning, not complexity.
+
+    Args:
+        fused: one kernel for all parameters, unless `extra` says otherwise.
 
     Raises:
         UserError: `extra` holds an argument that the optimizer does not take.
@@ -31,11 +40,15 @@ def build_optimizer(
         if name == "muon":
             hidden = [p for p in decay if p.ndim == 2]
             rest = [p for p in decay if p.ndim != 2]
-            return MuonWithAdamW(hidden, rest, plain, lr=lr, weight_decay=weight_decay, extra=extra)
+            return MuonWithAdamW(
+                hidden, rest, plain, lr=lr, weight_decay=weight_decay, extra=extra, fused=fused
+            )
         groups: list[dict[str, Any]] = [
             {"params": decay, "weight_decay": weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
+        if fused and not {"fused", "foreach", "differentiable"} & extra.keys():
+            extra = {**extra, "fused": True}
         return _OPTIMIZERS[name]([g for g in groups if g["params"]], lr=lr, **extra)
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(
@@ -134,10 +147,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
         lr: float,
         weight_decay: float,
         extra: dict[str, Any],
+        fused: bool = False,
     ) -> None:
         self._muon = BatchedMuon(hidden, lr=lr, weight_decay=weight_decay, **extra)
         others: list[dict[str, Any]] = [{"params": rest}, {"params": plain, "weight_decay": 0.0}]
-        self._adamw = torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay)
+        # None, not False: torch's own default is a middle way
+        self._adamw = torch.optim.AdamW(
+            others, lr=lr, weight_decay=weight_decay, fused=fused or None
+        )
         super().__init__([{"params": [*hidden, *rest, *plain]}], {"lr": lr})
         self.param_groups = [*self._muon.param_groups, *self._adamw.param_groups]
         self._share()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from paragraph_ocr.errors import UserError, nearest
+from paragraph_ocr.model.stem import Stem
 
 
 @functools.cache
@@ -100,6 +101,7 @@ class Encoder(nn.Module):
         self.requires_grad_(not freeze)
         self.train()
         self._padding: _Padding | None = None  # of the batch at hand
+        self._stem = Stem(self.net) if stage > 0 and Stem.fits(self.net) else None
         for layer in self.net.modules():
             if isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
                 if layer.kernel_size not in (1, (1, 1)):  # those mix no cells
@@ -141,6 +143,11 @@ class Encoder(nn.Module):
             sizes: true height and width in pixels; None if every page fills the canvas.
         """
         pages = images.to(torch.float32) / 255
+        if self._stem is not None and sizes is None and pages.is_cuda:
+            features = self._stem(pages)
+            for layer in [*self.net.children()][Stem.NUM_LAYERS :]:
+                features = layer(features)
+            return features
         if self.in_channels == 3:
             pages = pages.expand(-1, 3, -1, -1)
         if sizes is not None:

@@ -1,5 +1,7 @@
 """Free-running reading: the decoder writes token after token over a cache, each row to its own end."""
 
+import importlib.util
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paragraph_ocr.model.decoder import Cache, Decoder
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +66,35 @@ def generate(
     max_length: int,
 ) -> list[Reading]:
     """Return a reading for each row, of at most max_length tokens with start and end."""
+    if isinstance(decoding, Greedy) and memory.is_cuda and _HAS_TRITON:
+        return _greedy_on_gpu(decoder, memory, memory_mask, special, decoding, max_length)
     cache = decoder.start(memory, memory_mask, max_length=max_length)
     read: Any = _beam if isinstance(decoding, Beam) else _greedy
     # cuDNN's attention makes a plan for each new length, 70 ms each, and here each step is one
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         return read(decoder, cache, len(memory), special, decoding, max_length)
+
+
+def _greedy_on_gpu(
+    decoder: Decoder,
+    memory: Tensor,
+    memory_mask: Tensor | None,
+    special: SpecialTokens,
+    decoding: Greedy,
+    max_length: int,
+) -> list[Reading]:
+    from paragraph_ocr.model.gpu_steps import read_greedily
+
+    written, scores = read_greedily(
+        decoder,
+        memory,
+        memory_mask,
+        start=special.start,
+        end=None if decoding.ignore_end else special.end,
+        pad=special.pad,
+        max_length=max_length,
+    )
+    return _readings(written[:, : max_length - 1], scores, special)
 
 
 def _greedy(
@@ -100,15 +128,19 @@ def _greedy(
                 break
             cache.keep(going)
             rows, tokens, ended = rows[going], tokens[going], ended[going]
+    return _readings(written[:, : max_length - 1], scores, special)
+
+
+def _readings(written: Tensor, scores: Tensor, special: SpecialTokens) -> list[Reading]:
     return [
-        _reading(row[: max_length - 1], score, special)
+        _reading(row, score, special)
         for row, score in zip(written.tolist(), scores.tolist(), strict=True)
     ]
 
 
 def _reading(tokens: list[int], scores: list[float], special: SpecialTokens) -> Reading:
     length = tokens.index(special.end) if special.end in tokens else len(tokens)
-    confidences = [float(c) for c in torch.tensor(scores[:length]).exp()]
+    confidences = [math.exp(score) for score in scores[:length]]
     return Reading(tokens[:length], confidences, sum(scores[: length + 1]))
 
 
