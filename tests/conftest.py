@@ -3,9 +3,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).parent / "data"))  # of iam_corpus.py, for all tests
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton
 
 
 @pytest.fixture(scope="session")

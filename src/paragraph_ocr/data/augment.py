@@ -196,8 +196,13 @@ def spline(length: int, spacing_px: int, step_px: int = 1) -> np.ndarray:
     return np.where(far < 1, near, np.where(far < 2, wide, 0.0)).astype(np.float32)
 
 
-@lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result
 def _spline_on(device: torch.device, length: int, spacing_px: int) -> Tensor:
+    return _kept_spline(device, length, spacing_px)
+
+
+@lru_cache(maxsize=64)
+def _kept_spline(device: torch.device, length: int, spacing_px: int) -> Tensor:
     return torch.from_numpy(spline(length, spacing_px)).to(device)
 
 

@@ -42,6 +42,7 @@ class Learner(pl.LightningModule):
         num_samples: paragraphs of each validation kept in `samples`.
         ema: share of the averaged weights that an optimizer step keeps; they are what validation reads
             with and what is kept. 0 keeps no average.
+        compile: augmentation and teacher-forced pass by torch.compile.
         cuda_graphs: record the training step as CUDA graphs (one process, no loss scaling).
         on_not_finite: told the number of an optimizer step whose gradients are not finite, which then
             changes nothing; None does not look, because looking waits for a GPU.
@@ -85,6 +86,7 @@ class Learner(pl.LightningModule):
         self._predict: Callable[..., Tensor] = (
             torch.compile(recognizer.forward) if compile else recognizer.forward
         )
+        self._augmented: Callable[..., Tensor] = torch.compile(augment) if compile else augment
         self._training_loss: Callable[..., tuple[Tensor, Tensor]] = (
             RecordedLoss(self._loss, recognizer, pad=vocabulary.pad, longest=max_length)
             if cuda_graphs
@@ -133,7 +135,7 @@ class Learner(pl.LightningModule):
         """Return the loss of a batch summed over its tokens, and their number."""
         # in float32, so that mixed precision sees the very pages that full precision does
         with torch.autocast(images.device.type, enabled=False):
-            images = self.augment(images, sizes)
+            images = self._augmented(images, sizes)
         inputs = add_token_noise(
             tokens[:, :-1],
             share=self.token_noise,

@@ -2,6 +2,8 @@
 
 import importlib.util
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from paragraph_ocr.model.decoder import Cache, Decoder
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+_ROWS_FOR_ONE_THREAD = 4
+"""Rows up to which a step's operations take less time than threads need to meet, 30 us each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +76,23 @@ def generate(
         return _greedy_on_gpu(decoder, memory, memory_mask, special, decoding, max_length)
     cache = decoder.start(memory, memory_mask, max_length=max_length)
     read: Any = _beam if isinstance(decoding, Beam) else _greedy
+    few = memory.device.type == "cpu" and len(memory) <= _ROWS_FOR_ONE_THREAD
     # cuDNN's attention makes a plan for each new length, 70 ms each, and here each step is one
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+    with (
+        _one_thread() if few else nullcontext(),
+        sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
+    ):
         return read(decoder, cache, len(memory), special, decoding, max_length)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _greedy_on_gpu(

@@ -12,11 +12,14 @@ before it still runs, and fetches its weights meanwhile; what that one writes it
 sums are in float32, whatever the weights are in.
 """
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
 
 @triton.jit
+@no_type_check
 def _wait(AHEAD: tl.constexpr):
     """Let the next kernel start, and wait for the one before; every program must, ended or not."""
     if AHEAD:
@@ -25,6 +28,7 @@ def _wait(AHEAD: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _total(
     states,
     parts,
@@ -48,6 +52,7 @@ def _total(
 
 
 @triton.jit
+@no_type_check
 def _normalised(values, weight, bias, columns, inside, WIDTH: tl.constexpr, EPS: tl.constexpr):
     centred = tl.where(inside, values - tl.sum(values, axis=0) / WIDTH, 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, axis=0) / WIDTH + EPS)
@@ -56,6 +61,7 @@ def _normalised(values, weight, bias, columns, inside, WIDTH: tl.constexpr, EPS:
 
 
 @triton.jit
+@no_type_check
 def _inputs(
     states_in,
     states_out,
@@ -88,6 +94,7 @@ def _inputs(
 
 
 @triton.jit
+@no_type_check
 def _tile(weight, first, lanes, in_lanes, columns, inside, WIDTH: tl.constexpr):
     """Return rows `first + lanes` of a linear layer's weights.
 
@@ -98,6 +105,7 @@ def _tile(weight, first, lanes, in_lanes, columns, inside, WIDTH: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _columns_tile(weight, first, lanes, in_lanes, columns, inside, WIDTH: tl.constexpr):
     """Return columns `first + lanes` of a linear layer's weights of WIDTH inputs."""
     place = columns[:, None] * WIDTH + first + lanes[None, :]
@@ -105,6 +113,7 @@ def _columns_tile(weight, first, lanes, in_lanes, columns, inside, WIDTH: tl.con
 
 
 @triton.jit
+@no_type_check
 def _product(tile, bias, inputs, first, lanes, in_lanes):
     """Return some outputs of a linear layer."""
     outputs = tl.sum(tile.to(tl.float32) * inputs[None, :], axis=1)
@@ -112,6 +121,7 @@ def _product(tile, bias, inputs, first, lanes, in_lanes):
 
 
 @triton.jit
+@no_type_check
 def _gather(
     query,
     keys,
@@ -139,6 +149,7 @@ def _gather(
 
 
 @triton.jit
+@no_type_check
 def _attended(
     query,
     keys,
@@ -170,6 +181,7 @@ def _attended(
 
 
 @triton.jit
+@no_type_check
 def attention_block(
     states_in, states_out, parts_in, bias_in, norm_weight, norm_bias,
     weight, bias, keys, values, mask, positions, ended, out_weight, parts_out,
@@ -225,6 +237,7 @@ def attention_block(
 
 
 @triton.jit
+@no_type_check
 def feed_forward_block(
     states_in, states_out, parts_in, bias_in, norm_weight, norm_bias,
     expand_weight, expand_bias, ended, contract_weight, parts_out,
@@ -252,6 +265,7 @@ def feed_forward_block(
 
 
 @triton.jit
+@no_type_check
 def read_out(
     states_in, states_out, parts_in, bias_in, norm_weight, norm_bias, weight, bias,
     embedding, codes, positions, ended, written, scores,
@@ -301,6 +315,7 @@ def read_out(
 
 
 @triton.jit
+@no_type_check
 def join(
     states_in, states_out, parts_in, bias_in, norm_weight, norm_bias, ended, inputs_out,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
@@ -319,6 +334,7 @@ def join(
 
 
 @triton.jit
+@no_type_check
 def attend(
     projected, keys, values, mask, positions, ended, gathered_out,
     scale,

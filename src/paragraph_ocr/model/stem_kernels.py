@@ -4,6 +4,8 @@ The stem's maps are the largest of the network, four times those of the first st
 not) reads and writes them for each operation. All tensors lie channels-last.
 """
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ _NONE: tl.constexpr = tl.constexpr(255)
 
 
 @triton.jit
+@no_type_check
 def _moments(
     inputs, pivot, sums, squares, TOTAL,
     CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
@@ -39,6 +42,7 @@ def _moments(
 
 
 @triton.jit
+@no_type_check
 def _pool(
     inputs, scale, shift, pooled, taps,
     HEIGHT, WIDTH, ROWS, COLUMNS,
@@ -71,6 +75,7 @@ def _pool(
 
 
 @triton.jit
+@no_type_check
 def _sums(
     inputs, gradient, taps, mean, rate, sums, products,
     HEIGHT, WIDTH, ROWS, COLUMNS, TOTAL,
@@ -103,6 +108,7 @@ def _sums(
 
 
 @triton.jit
+@no_type_check
 def _spread(
     inputs, gradient, taps, mean, rate, scale, mean_slope, mean_product, result,
     HEIGHT, WIDTH, ROWS, COLUMNS,

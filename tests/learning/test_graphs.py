@@ -1,0 +1,103 @@
+"""Recorded training steps: what can be seen without a GPU, and with one that the numbers are the same."""
+
+import pytest
+import torch
+
+from paragraph_ocr.learning.graphs import PADDED_LENGTH, RecordedLoss
+
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def make_loss(module):
+    def loss(images, tokens, sizes):
+        cost = module(images.float().flatten(1)).square().sum(dim=1) * (tokens != 3).sum(dim=1)
+        return cost.sum(), (tokens != 3).sum()
+
+    return loss
+
+
+def test_without_a_gpu_the_loss_is_computed_as_it_stands():
+    module, seen = torch.nn.Linear(4, 2), []
+    loss = make_loss(module)
+
+    def watched(*batch):
+        seen.append(batch)
+        return loss(*batch)
+
+    recorded = RecordedLoss(watched, module, pad=3, longest=100)
+    batch = torch.ones(2, 1, 2, 2, dtype=torch.uint8), torch.ones(2, 5, dtype=torch.long), None
+    for _ in range(3):
+        assert torch.equal(recorded(*batch)[0], loss(*batch)[0])
+    assert all(one is other for one, other in zip(seen[-1], batch, strict=True))
+
+
+@needs_a_gpu
+def test_replayed_steps_have_the_gradients_of_plain_ones():
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(
+        torch.nn.Linear(16, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2)
+    ).cuda()
+    loss = make_loss(module)
+    recorded = RecordedLoss(loss, module, pad=3, longest=1000)
+    for step in range(6):
+        images = torch.randint(0, 255, (4, 1, 4, 4), dtype=torch.uint8, device="cuda")
+        tokens = torch.randint(4, 9, (4, 20 + step), device="cuda")
+        kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        plain, count = loss(images, tokens, None)
+        expected = torch.autograd.grad(plain, list(module.parameters()))
+        statistics = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        for name, buffer in module.named_buffers():
+            buffer.copy_(kept[name])
+        found, found_count = recorded(images, tokens, None)
+        gradients = torch.autograd.grad(found, list(module.parameters()))
+        assert torch.allclose(found, plain) and found_count == count
+        for one, other in zip(gradients, expected, strict=True):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-3)
+        for name, buffer in module.named_buffers():
+            assert torch.allclose(buffer.float(), statistics[name].float()), name
+    assert len(recorded._recordings) == 1, "lengths up to a multiple share a recording"
+
+
+@needs_a_gpu
+def test_random_numbers_go_on_from_step_to_step():
+    module = torch.nn.Linear(16, 2).cuda()
+
+    def loss(images, tokens, sizes):
+        return (module(images.float().flatten(1)).sum() * torch.rand((), device="cuda")), (
+            tokens > 3
+        ).sum()
+
+    recorded = RecordedLoss(loss, module, pad=3, longest=1000)
+    images = torch.ones(4, 1, 4, 4, dtype=torch.uint8, device="cuda")
+    tokens = torch.full((4, PADDED_LENGTH), 5, device="cuda")
+
+    def losses():
+        torch.cuda.manual_seed(1)
+        return [float(recorded(images, tokens, None)[0]) for _ in range(5)]
+
+    first = losses()  # plain, recorded, replayed
+    again = losses()
+    assert len(set(again)) == 5
+    assert again == losses()
+    assert first[1:] == pytest.approx(first[1:])
+
+
+@needs_a_gpu
+def test_a_step_that_cannot_be_recorded_is_refused_with_the_remedy():
+    from paragraph_ocr.errors import UserError
+
+    module = torch.nn.Linear(16, 2).cuda()
+
+    def loss(images, tokens, sizes):
+        total = module(images.float().flatten(1)).sum()
+        return total * float(total.item()), (tokens > 3).sum()
+
+    recorded = RecordedLoss(loss, module, pad=3, longest=1000)
+    batch = (
+        torch.ones(4, 1, 4, 4, dtype=torch.uint8, device="cuda"),
+        torch.ones(4, 5, device="cuda", dtype=torch.long),
+        None,
+    )
+    recorded(*batch)
+    with pytest.raises(UserError, match="trainer.cuda_graphs=false"):
+        recorded(*batch)
