@@ -73,9 +73,10 @@ class Augment(nn.Module):
         strengths = self.strengths
         if not strengths.work:
             return images
+        coarse, fine = _curves(images, COARSE_PX), _curves(images, FINE_PX)
         pages = images.float() / 255
         if strengths.move:
-            grid = self._grid(pages, sizes)
+            grid = self._grid(pages, sizes, coarse, fine)
             pages = F.grid_sample(pages, grid, padding_mode="zeros", align_corners=False)
         if strengths.pen_px:
             pages = _pen(pages, strengths.pen_px)
@@ -84,14 +85,18 @@ class Augment(nn.Module):
         if strengths.ink:
             pages = pages * (1 - strengths.ink * _uniform(pages))
         if strengths.paper:
-            texture = _field(pages, COARSE_PX) * 0.5 + _field(pages, FINE_PX) * 0.3 + 0.3
+            texture = _field(pages, coarse) * 0.5 + _field(pages, fine) * 0.3 + 0.3
             pages = torch.maximum(pages, strengths.paper * _uniform(pages) * texture.clamp(0, 1))
         if strengths.noise:
             pages = pages + strengths.noise * _uniform(pages) * torch.randn_like(pages)
         return (pages.clamp(0, 1) * 255).round().to(torch.uint8)
 
     def _grid(
-        self, pages: Float[Tensor, "B 1 H W"], sizes: Int[Tensor, "B 2"] | None
+        self,
+        pages: Float[Tensor, "B 1 H W"],
+        sizes: Int[Tensor, "B 2"] | None,
+        coarse: "Curves",
+        fine: "Curves",
     ) -> Float[Tensor, "B H W 2"]:
         """Return where each pixel comes from: projective about the centre, and elastic beyond it."""
         height, width = pages.shape[2:]
@@ -105,12 +110,12 @@ class Augment(nn.Module):
         from_shift = places - (half + view.shift)[:, None, None]
         depth = 1 + (from_shift * view.tilt[:, None, None]).sum(dim=-1, keepdim=True)
         grid = (from_shift.unsqueeze(-2) * view.back[:, None, None]).sum(dim=-1) / depth
-        for strength, spacing in (
-            (self.strengths.elastic_px, COARSE_PX),
-            (self.strengths.tremor_px, FINE_PX),
+        for strength, curves in (
+            (self.strengths.elastic_px, coarse),
+            (self.strengths.tremor_px, fine),
         ):
             if strength:
-                moved = strength * _uniform(pages) * _field(pages, spacing, 2)
+                moved = strength * _uniform(pages) * _field(pages, curves, 2)
                 grid = grid + moved.permute(0, 2, 3, 1)
         return (grid + half[:, None, None]) / (canvas / 2) - 1
 
@@ -196,20 +201,26 @@ def spline(length: int, spacing_px: int, step_px: int = 1) -> np.ndarray:
     return np.where(far < 1, near, np.where(far < 2, wide, 0.0)).astype(np.float32)
 
 
-@torch.compiler.assume_constant_result
-def _spline_on(device: torch.device, length: int, spacing_px: int) -> Tensor:
-    return _kept_spline(device, length, spacing_px)
+class Curves(NamedTuple):
+    """`spline` on a page's device, for its height and its width."""
+
+    down: Float[Tensor, "H points"]
+    across: Float[Tensor, "W points"]
+
+
+@torch.compiler.disable
+def _curves(pages: Tensor, spacing_px: int) -> Curves:
+    return Curves(*(_spline_on(pages.device, side, spacing_px) for side in pages.shape[2:]))
 
 
 @lru_cache(maxsize=64)
-def _kept_spline(device: torch.device, length: int, spacing_px: int) -> Tensor:
+def _spline_on(device: torch.device, length: int, spacing_px: int) -> Tensor:
     return torch.from_numpy(spline(length, spacing_px)).to(device)
 
 
-def _field(pages: Tensor, spacing_px: int, channels: int = 1) -> Tensor:
-    """Return smooth noise "B channels H W" between -1 and 1, wavy at the spacing."""
-    batch, _, height, width = pages.shape
-    down, across = (_spline_on(pages.device, length, spacing_px) for length in (height, width))
+def _field(pages: Tensor, curves: Curves, channels: int = 1) -> Tensor:
+    """Return smooth noise "B channels H W" between -1 and 1, wavy at the spacing of the curves."""
+    batch, (down, across) = len(pages), curves
     shape = (batch, channels, down.shape[1], across.shape[1])
     points = 2 * torch.rand(shape, device=pages.device) - 1
     return (down @ points @ across.T).clamp(-1, 1)
