@@ -66,6 +66,16 @@ def start(typed, *, said=os.devnull, inject=None):
         os._exit(status)
 
 
+def start_anew(typed):
+    """Do so in a new interpreter: a fork cannot use CUDA once its parent has looked for it."""
+    output = os.open(os.devnull, os.O_WRONLY)
+    actions = [(os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)]
+    words = [sys.executable, str(ROOT / "train.py"), *typed]
+    pid = os.posix_spawn(sys.executable, words, os.environ, file_actions=actions)
+    os.close(output)
+    return pid
+
+
 def run(typed, **how):
     """Run to the end and return the exit status."""
     return collect(start(typed, **how))
@@ -75,7 +85,7 @@ def collect(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def kill_until_done(typed, outputs, *, kills, number=signal.SIGKILL, dice=None):
+def kill_until_done(typed, outputs, *, kills, number=signal.SIGKILL, dice=None, begin=start):
     """Start and kill a training `kills` times, then let it come to its end.
 
     Each time at a random moment: after none to four further checkpoints (seldom before the first), and
@@ -88,7 +98,7 @@ def kill_until_done(typed, outputs, *, kills, number=signal.SIGKILL, dice=None):
     struck = []
     while True:
         again = go_on(outputs) or typed
-        pid = start(again)
+        pid = begin(again)
         if len(struck) < kills:
             further = dice.choice([0, 1, 1, 2, 3, 4])
             until_further_checkpoints(pid, outputs, further)
@@ -180,6 +190,13 @@ def result(outputs):
         "metrics": metrics(outputs / "mlflow.db"),
         "status": story(outputs)["status"],
     }
+
+
+def weights(outputs):
+    """Return the matrices of the one run's newest checkpoint, all in one vector."""
+    file = folder_of(outputs) / "checkpoints" / newest(outputs) / "weights.safetensors"
+    matrices = [tensor for _, tensor in sorted(load_file(file).items()) if tensor.ndim > 1]
+    return torch.cat([matrix.double().flatten() for matrix in matrices])
 
 
 def metrics(database):

@@ -1,11 +1,13 @@
 """A run that is killed, interrupted or lengthened goes on as if nothing had happened."""
 
+import itertools
 import os
 import random
 import shutil
 import signal
 
 import pytest
+import torch
 
 import killing
 from paragraph_ocr import console
@@ -26,6 +28,13 @@ ENOUGH = ["datamodule.batch_size=2", "trainer.limit_train_batches=6", "trainer.l
 FEW = ["datamodule.batch_size=8", "datamodule.num_train=48", "datamodule.num_val=8",
        "datamodule.num_test=8", "decoding.max_loss=0.1"]  # fmt: skip
 """For EMNIST's characters, of which there are as many as one asks for."""
+
+ON_GPU = [
+    "model=small", "datamodule=fake", "trainer=gpu", "trainer.compile=true", "trainer.max_epochs=12",
+    "regularization=standard", "optimizer=sgd", "schedule=constant", "decoding.max_loss=0.1",
+    "tracking.system_metrics=false", "trainer.checkpoint.every_n_steps=4",
+]  # fmt: skip
+"""96 steps of plain momentum, which does not blow up rounding as Muon does: a lost momentum would show."""
 
 
 @pytest.fixture
@@ -173,6 +182,35 @@ def test_a_hundred_kills_over_every_kind_of_data_module(tmp_path, iam_copies, em
         assert after > len(struck) / 2
     record(f"{total} kills in all")
     assert total >= 100
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a GPU")
+def test_on_a_gpu_resumed_runs_stray_no_further_than_unbroken_ones(tmp_path):
+    unbroken, resumed = [], []
+    for number in range(3):
+        folder = tmp_path / f"unbroken{number}"
+        assert killing.collect(killing.start_anew([*ON_GPU, f"outputs={folder}"])) == 0
+        unbroken.append(killing.weights(folder))
+    for number in range(2):
+        folder = tmp_path / f"resumed{number}"
+        struck = killing.kill_until_done(
+            [*ON_GPU, f"outputs={folder}"],
+            folder,
+            kills=4,
+            dice=random.Random(number),
+            begin=killing.start_anew,
+        )
+        assert any(struck)
+        resumed.append(killing.weights(folder))
+
+    def furthest(pairs):
+        return max(float((one - other).norm() / one.norm()) for one, other in pairs)
+
+    spread = furthest(itertools.combinations(unbroken, 2))
+    # at least rounding: it may be luck if none of three differs
+    assert furthest(itertools.product(unbroken, resumed)) <= 2 * max(spread, 0.01)
 
 
 def write_folder(folder):
