@@ -15,6 +15,7 @@ from paragraph_ocr.config import (
     FolderData,
     GeneratedData,
     IamData,
+    IamStackedData,
     LineCnnModel,
     TrackingConfig,
     TrainerConfig,
@@ -37,6 +38,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "regularization.augment_on": ("device", "workers"),
     "vocabulary.unknown": ("error", "drop", "replace"),
     "datamodule.too_long": ("error", "skip"),
+    "datamodule.placement": ("disk", "host", "gpu"),
     "tracking.name": ("mlflow", "off"),
 }
 
@@ -155,6 +157,8 @@ def check_together(experiment: Experiment) -> None:
         )
     if isinstance(data, EmnistData):
         _check_emnist(data)
+    if data.placement != "disk":
+        _check_placement(experiment)
 
 
 def check_combinations(experiment: Experiment) -> None:
@@ -198,6 +202,8 @@ def check_combinations(experiment: Experiment) -> None:
         )
     _check_processes(experiment)
     _check_device(trainer)
+    if data.placement == "gpu":
+        _check_gpu(trainer)
 
 
 def _is_there(path: str, *, folder: bool = False) -> bool:
@@ -314,6 +320,21 @@ def _check_room_for_tokens(data: GeneratedData | EmnistLinesData) -> None:
         )
 
 
+def _check_placement(experiment: Experiment) -> None:
+    """Check that pages that are kept in memory need nothing done to them before they are a batch."""
+    data, on = experiment.datamodule, experiment.regularization.augment_on
+    if on == "workers":
+        raise UserError(
+            f"regularization.augment_on=workers changes pages that datamodule.placement={data.placement} "
+            "keeps as they are. Pass regularization.augment_on=device, or datamodule.placement=disk."
+        )
+    if isinstance(data, IamStackedData):
+        raise UserError(
+            f"datamodule.placement={data.placement} keeps pages, and datamodule={data.name} stacks new "
+            "ones in every epoch. Pass datamodule.placement=disk."
+        )
+
+
 def _check_processes(experiment: Experiment) -> None:
     """Check that what is for one process is not asked of several."""
     trainer = experiment.trainer
@@ -363,4 +384,17 @@ def _check_device(trainer: TrainerConfig) -> None:
         raise UserError(
             f"trainer.precision={trainer.precision} is not supported by this GPU. "
             "Pass trainer.precision=16-mixed."
+        )
+
+
+def _check_gpu(trainer: TrainerConfig) -> None:
+    """Check that there is a card to keep pages on; as `_check_device`, asks torch only if it must."""
+    here = "trainer.accelerator=cpu" if trainer.accelerator == "cpu" else None
+    if here is None:
+        import torch
+
+        here = None if torch.cuda.is_available() else "torch finds none here"
+    if here is not None:
+        raise UserError(
+            f"datamodule.placement=gpu needs a GPU, and {here}. Pass datamodule.placement=host."
         )

@@ -71,6 +71,7 @@ class DataConfig:
     height: int = MISSING
     width: int = MISSING
     too_long: str = "error"
+    placement: str = "disk"
 
 
 @dataclass

@@ -129,32 +129,34 @@ def test_a_description_says_counts_size_and_lengths(make, noise):
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_processes_share_the_positions_between_them(length, world_size, batch_size):
-    def shares(seed, **steps):
+    def orders(seed, **steps):
         return [
-            list(Order(length, seed=seed, rank=rank, world_size=world_size, **steps))
+            Order(
+                length, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, **steps
+            )
             for rank in range(world_size)
         ]
 
     for seed in (None, 0):
-        once = shares(seed)
-        assert sorted(chain(*once)) == list(range(length))
-        in_step = shares(seed, steps_of=batch_size)
-        assert len({-(-len(share) // batch_size) for share in in_step}) == 1
-        assert {position for share in in_step for position in share} == set(range(length))
-        assert sum(map(len, in_step)) < length + world_size
-        for rank, share in enumerate(in_step):
-            sampler = Order(
-                length, seed=seed, rank=rank, world_size=world_size, steps_of=batch_size
-            )
-            assert len(sampler) == len(share)
+        once = [list(order) for order in orders(seed)]
+        assert sorted(chain(*chain(*once))) == list(range(length))
+        in_step = [list(order) for order in orders(seed, in_step=True)]
+        assert len(set(map(len, in_step))) == 1
+        positions = [*chain(*chain(*in_step))]
+        assert set(positions) == set(range(length))
+        assert len(positions) < length + world_size
+        for order, batches in zip(orders(seed, in_step=True), in_step, strict=True):
+            assert len(order) == len(batches)
 
 
-def test_processes_take_each_step_what_one_process_would(noise):
-    (whole,) = [list(Order(22, seed=3))]
-    shares = [list(Order(22, seed=3, rank=rank, world_size=2, steps_of=2)) for rank in range(2)]
-    for step in range(6):
-        mine = [position for share in shares for position in share[2 * step : 2 * step + 2]]
-        assert sorted(mine) == sorted(whole[4 * step : 4 * step + 4])
+def test_processes_take_each_step_what_one_process_would():
+    whole = list(Order(22, batch_size=4, seed=3))
+    shares = [
+        list(Order(22, batch_size=2, seed=3, rank=rank, world_size=2, in_step=True))
+        for rank in range(2)
+    ]
+    for step, together in enumerate(zip(*shares, strict=True)):
+        assert sorted(chain(*together)) == sorted(whole[step])
 
 
 class Recorder(pl.LightningModule):
@@ -196,13 +198,15 @@ def train(module, *, steps, resume=None, folder=None) -> list[list[int]]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_run_goes_on_with_the_very_batch_that_was_next(make, tmp_path, num_workers):
-    whole = train(make(num_workers=num_workers), steps=14, folder=tmp_path)
+@pytest.mark.parametrize(
+    "loading", [{}, {"num_workers": 2}, {"placement": "host"}, {"placement": "gpu"}], ids=str
+)
+def test_a_resumed_run_goes_on_with_the_very_batch_that_was_next(make, tmp_path, loading):
+    whole = train(make(**loading), steps=14, folder=tmp_path)
     assert whole[:5] != whole[5:10]
-    for step in (2, 4, 5, 6, 9, 10, 12) if num_workers == 0 else (5, 7):
+    for step in (5, 7) if "num_workers" in loading else (2, 4, 5, 6, 9, 10, 12):
         checkpoint = tmp_path / f"step={step}.ckpt"
-        resumed = train(make(num_workers=num_workers), steps=14, resume=checkpoint)
+        resumed = train(make(**loading), steps=14, resume=checkpoint)
         assert resumed == whole[step:], step
 
 

@@ -87,13 +87,38 @@ class HeldDataset(Dataset[Item]):
         return self._items[position]
 
 
-def collate(items: Sequence[Item], *, pad: int = Vocabulary.pad) -> Batch:
-    """Return the items as one batch: labels as long as the longest, canvases as large as the largest."""
+class BatchDataset(Dataset[Batch]):
+    """Batches of a dataset's items, each made from a list of positions."""
+
+    def __init__(
+        self, dataset: Dataset[Item], *, pad_to_multiple: int = 1, max_length: int | None = None
+    ) -> None:
+        self.dataset, self._pad_to_multiple, self._max_length = dataset, pad_to_multiple, max_length
+
+    def __getitem__(self, positions: Sequence[int]) -> Batch:
+        items = [self.dataset[position] for position in positions]
+        return collate(items, pad_to_multiple=self._pad_to_multiple, max_length=self._max_length)
+
+
+def label_length(longest: int, *, multiple: int = 1, most: int | None = None) -> int:
+    """Return how many tokens the labels of a batch have: its longest, rounded up to a multiple.
+
+    `most` is a multiple too, whatever it is: a model has no positions beyond it.
+    """
+    rounded = -(-longest // multiple) * multiple
+    return rounded if most is None else max(longest, min(rounded, most))
+
+
+def collate(
+    items: Sequence[Item], *, pad_to_multiple: int = 1, max_length: int | None = None
+) -> Batch:
+    """Return the items as one batch: labels of `label_length`, canvases as large as the largest."""
     height = max(item.image.shape[0] for item in items)
     width = max(item.image.shape[1] for item in items)
-    length = max(len(item.tokens) for item in items)
+    longest = max(len(item.tokens) for item in items)
+    length = label_length(longest, multiple=pad_to_multiple, most=max_length)
     images = torch.zeros(len(items), 1, height, width, dtype=torch.uint8)
-    tokens = torch.full((len(items), length), pad)
+    tokens = torch.full((len(items), length), Vocabulary.pad)
     for index, item in enumerate(items):
         images[index, 0, : item.image.shape[0], : item.image.shape[1]] = torch.from_numpy(
             item.image
