@@ -117,6 +117,11 @@ def test_a_mistake_is_one_line_with_the_remedy(typed, said):
             "Pass datamodule.placement=disk",
         ),
         (
+            "datamodule=iam_synthetic_paragraphs datamodule.root=tests datamodule.length_buckets=8",
+            "Pass datamodule.length_buckets=0",
+        ),
+        ("datamodule.pad_to_multiple=0", "must lie in 1"),
+        (
             "trainer=cpu datamodule.placement=gpu",
             "^datamodule.placement=gpu needs a GPU, and trainer.accelerator=cpu. Pass .*=host",
         ),

@@ -63,6 +63,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "datamodule.batch_size": (1, 1_000_000),
     "datamodule.num_workers": (0, 1024),
     "datamodule.max_length": (3, 100_000),
+    "datamodule.length_buckets": (0, 100_000),
+    "datamodule.pad_to_multiple": (1, 100_000),
     "datamodule.height": (32, 10_000),
     "datamodule.width": (32, 10_000),
     "datamodule.min_lines": (1, 1000),
@@ -159,6 +161,11 @@ def check_together(experiment: Experiment) -> None:
         _check_emnist(data)
     if data.placement != "disk":
         _check_placement(experiment)
+    if data.length_buckets and isinstance(data, IamStackedData):
+        raise UserError(
+            f"datamodule.length_buckets={data.length_buckets} needs to know lengths, and datamodule="
+            f"{data.name} stacks new paragraphs in every epoch. Pass datamodule.length_buckets=0."
+        )
 
 
 def check_combinations(experiment: Experiment) -> None:

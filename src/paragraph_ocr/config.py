@@ -72,6 +72,8 @@ class DataConfig:
     width: int = MISSING
     too_long: str = "error"
     placement: str = "disk"
+    length_buckets: int = 0
+    pad_to_multiple: int = 1
 
 
 @dataclass

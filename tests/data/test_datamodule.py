@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import chain
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -159,6 +160,96 @@ def test_processes_take_each_step_what_one_process_would():
         assert sorted(chain(*together)) == sorted(whole[step])
 
 
+LENGTHS = np.random.default_rng(0).integers(10, 400, size=103)
+
+
+def bucketed(*, seed=0, epoch=0, rank=0, world_size=1, batch_size=4, buckets=6, start=(0, 0)):
+    """Return one process's batches of positions, as label lengths and buckets order them."""
+    order = Order(
+        len(LENGTHS),
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        in_step=True,
+        start=start,
+        label_lengths=LENGTHS,
+        buckets=buckets,
+    )
+    order.set_epoch(epoch)
+    batches = list(order)
+    assert len(batches) == len(order) or start != (0, 0)
+    return [[position - epoch * len(LENGTHS) for position in batch] for batch in batches]
+
+
+def padding(batches) -> float:
+    """Return the share of padding in the labels of batches of positions."""
+    lengths = [LENGTHS[batch] for batch in batches]
+    return 1 - sum(map(sum, lengths)) / sum(len(each) * max(each) for each in lengths)
+
+
+def test_like_lengths_come_together_in_a_random_order_of_their_own_each_epoch():
+    plain, together = bucketed(buckets=0), bucketed()
+    assert [*map(len, together)] == [*map(len, plain)] == [4] * 25 + [3]
+    assert sorted(chain(*together)) == list(range(103))
+    assert padding(together) < padding(plain) / 2
+    assert padding(bucketed(buckets=26)) < padding(together)
+    assert together == bucketed()
+    for other in (bucketed(epoch=1), bucketed(seed=1), plain):
+        assert {frozenset(batch) for batch in other} != {frozenset(batch) for batch in together}
+    longest = [LENGTHS[batch].max() for batch in together]
+    assert longest != sorted(longest)  # or training would go from short to long
+    assert abs(np.corrcoef(np.arange(26), longest)[0, 1]) < 0.5
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_processes_get_like_lengths_in_the_same_step_and_equally_many_batches(world_size):
+    shares = [bucketed(rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1
+    positions = [*chain(*chain(*shares))]
+    assert set(positions) == set(range(103))
+    assert len(positions) < 103 + world_size
+    whole = bucketed(batch_size=4 * world_size)
+    for step, together in enumerate(zip(*shares, strict=True)):
+        if step == len(whole) - 1:  # what is left, and what makes the batches equally many
+            assert {*chain(*together)} >= {*whole[step]}
+        else:
+            assert {*chain(*together)} == {*whole[step]}
+            longest = [int(LENGTHS[batch].max()) for batch in together]
+            assert max(longest) - min(longest) < 0.2 * 400
+
+
+def test_a_resumed_order_of_like_lengths_goes_on_where_it_stood():
+    whole = bucketed(epoch=2)
+    for done in (0, 1, 25):
+        assert bucketed(epoch=2, start=(2, done)) == whole[done:]
+    assert bucketed(epoch=3, start=(2, 7)) == bucketed(epoch=3)
+
+
+def test_the_data_module_orders_its_labels_by_length(make):
+    def spread(module):
+        batches = [
+            (batch.tokens != Vocabulary.pad).sum(dim=1) for batch in module.train_dataloader()
+        ]
+        return sum(int(lengths.max() - lengths.min()) for lengths in batches[:-1])
+
+    assert spread(make(length_buckets=4)) < spread(make()) / 2
+    assert rows(make(length_buckets=4).val_dataloader()) == rows(make().val_dataloader())
+    overfit = make(length_buckets=4, overfit_batches=2)
+    assert [*chain(*rows(overfit.train_dataloader()))] == list(range(10))
+
+
+@pytest.mark.parametrize("placement", ["disk", "gpu"])
+def test_labels_are_padded_to_a_multiple(make, placement):
+    plain, padded = make(), make(pad_to_multiple=16, placement=placement)
+    for name in ("train_dataloader", "val_dataloader"):
+        for one, two in zip(getattr(plain, name)(), getattr(padded, name)(), strict=True):
+            length = one.tokens.shape[1]
+            assert two.tokens.shape[1] == -(-length // 16) * 16
+            assert torch.equal(two.tokens[:, :length], one.tokens)
+            assert (two.tokens[:, length:] == Vocabulary.pad).all()
+
+
 class Recorder(pl.LightningModule):
     """Learns nothing; keeps the rows that it was trained on."""
 
@@ -199,7 +290,9 @@ def train(module, *, steps, resume=None, folder=None) -> list[list[int]]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "loading", [{}, {"num_workers": 2}, {"placement": "host"}, {"placement": "gpu"}], ids=str
+    "loading",
+    [{}, {"num_workers": 2}, {"placement": "host"}, {"placement": "gpu"}, {"length_buckets": 3}],
+    ids=str,
 )
 def test_a_resumed_run_goes_on_with_the_very_batch_that_was_next(make, tmp_path, loading):
     whole = train(make(**loading), steps=14, folder=tmp_path)

@@ -18,7 +18,7 @@ from paragraph_ocr import console
 from paragraph_ocr.batch import Batch
 from paragraph_ocr.data.augment import Strengths
 from paragraph_ocr.data.corpus import Corpus
-from paragraph_ocr.data.dataset import BatchDataset, HeldDataset, ParagraphDataset
+from paragraph_ocr.data.dataset import BatchDataset, HeldDataset, LabelPadding, ParagraphDataset
 from paragraph_ocr.data.placed import PlacedDataset, require_room
 from paragraph_ocr.data.stacked import StackedDataset, Stacking
 from paragraph_ocr.data.store import Store
@@ -45,6 +45,8 @@ class Order(DistributedSampler[list[int]]):
             not have it): where shares differ by a batch, positions are repeated, fewer than there are
             processes.
         start: epoch, and batches of this process that are done in it: where a resumed run goes on.
+        label_lengths: of the positions; within windows of `buckets` steps of the shuffled order, those of
+            like length come together, and then the steps are shuffled. None, or a single step: they do not.
     """
 
     def __init__(
@@ -57,10 +59,13 @@ class Order(DistributedSampler[list[int]]):
         world_size: int = 1,
         in_step: bool = False,
         start: tuple[int, int] = (0, 0),
+        label_lengths: np.ndarray | None = None,
+        buckets: int = 0,
     ) -> None:
         self.length, self.batch_size, self.order_seed = length, batch_size, seed
         self.rank, self.num_replicas, self.in_step = rank, world_size, in_step
         self.start = start
+        self.label_lengths, self.buckets = label_lengths, buckets
         self.epoch = start[0]  # the first iterator is made before Lightning calls `set_epoch`
 
     def __len__(self) -> int:
@@ -75,10 +80,25 @@ class Order(DistributedSampler[list[int]]):
 
     def _order(self) -> np.ndarray:
         """Return the positions of all processes: process r takes each `world_size`th from r on."""
-        order = np.arange(self.length)
-        if self.order_seed is not None:
-            order = np.random.default_rng([self.order_seed, self.epoch]).permutation(self.length)
-        return np.resize(order, self._total())
+        if self.order_seed is None:
+            return np.resize(np.arange(self.length), self._total())
+        generator = np.random.default_rng([self.order_seed, self.epoch])
+        order = np.resize(generator.permutation(self.length), self._total())
+        if self.label_lengths is None or self.buckets < 2:
+            return order
+        return self._bucketed(order, self.label_lengths, generator)
+
+    def _bucketed(
+        self, order: np.ndarray, lengths: np.ndarray, generator: np.random.Generator
+    ) -> np.ndarray:
+        """Return the order with like lengths in a step; its last step, if it is not full, as it is."""
+        step = self.batch_size * self.num_replicas
+        full = len(order) - len(order) % step
+        for begin in range(0, full, self.buckets * step):
+            window = order[begin : min(begin + self.buckets * step, full)]
+            window[:] = window[np.argsort(lengths[window], kind="stable")]
+        steps = order[:full].reshape(-1, step)
+        return np.concatenate([generator.permutation(steps).ravel(), order[full:]])
 
     def _total(self) -> int:
         most, fewest = -(-self.length // self.num_replicas), self.length // self.num_replicas
@@ -101,6 +121,9 @@ class ParagraphDataModule(pl.LightningDataModule):
         placement: where pages are while a run goes on. "disk": in the store, and the workers unpack what
             a batch needs. "host", "gpu": unpacked in the memory of this host or of the trainer's device,
             and nothing is done to them on the way to a batch. Batches are the same in all three.
+        length_buckets: steps among which training paragraphs of like length come together; 0 mixes them.
+        pad_to_multiple: labels are padded to a multiple of this, up to `max_length`; 1 pads them to the
+            longest of a batch.
         progress: told (done, total) while a store is being prepared.
     """
 
@@ -118,17 +141,23 @@ class ParagraphDataModule(pl.LightningDataModule):
         overfit_batches: int | float = 0,
         strengths: Strengths | None = None,
         placement: str = "disk",
+        length_buckets: int = 0,
+        pad_to_multiple: int = 1,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         super().__init__()
         if placement != "disk" and (stacking or (strengths or Strengths()).work):
             raise ValueError(f"placement {placement!r} keeps pages as they are in the store")
+        if stacking and length_buckets:
+            raise ValueError("the lengths of stacked paragraphs are known only once they are made")
         self.corpus, self.root, self.vocabulary = corpus, root, vocabulary
         self.batch_size, self.num_workers = batch_size, num_workers
         self.max_length, self.overfit_batches, self.seed = max_length, overfit_batches, seed
         self.too_long, self.stacking = too_long, stacking
         self.strengths, self.placement = strengths or Strengths(), placement
+        self.length_buckets = length_buckets
+        self._padding = LabelPadding(multiple=pad_to_multiple, most=max_length)
         self._progress = progress
         self._datasets: dict[str, ParagraphDataset | StackedDataset | HeldDataset] = {}
         self._placed: dict[str, PlacedDataset] = {}
@@ -280,13 +309,15 @@ class ParagraphDataModule(pl.LightningDataModule):
             world_size=world_size,
             in_step=split == "train",
             start=self._start if split == "train" else (0, 0),
+            label_lengths=self._label_lengths(dataset) if self.length_buckets else None,
+            buckets=self.length_buckets,
         )
         placed = self.placement != "disk" and len(dataset) > 0
         # starting workers takes longer than reading a few batches does
         few = len(dataset) <= 4 * self.batch_size
         workers = 0 if placed or few else self.num_workers
         return DataLoader(
-            self._place(split) if placed else BatchDataset(dataset),
+            self._place(split) if placed else BatchDataset(dataset, padding=self._padding),
             batch_size=None,  # the dataset makes whole batches
             sampler=order,
             num_workers=workers,
@@ -295,6 +326,12 @@ class ParagraphDataModule(pl.LightningDataModule):
             worker_init_fn=_one_thread,
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+    def _label_lengths(
+        self, dataset: ParagraphDataset | StackedDataset | HeldDataset
+    ) -> np.ndarray:
+        texts = dataset.store.texts
+        return np.array([len(self.vocabulary.prepare(texts[row])) for row in dataset.rows])
 
     @property
     def _device(self) -> torch.device:
@@ -322,7 +359,7 @@ class ParagraphDataModule(pl.LightningDataModule):
             )
             pinned = on_host and self._device.type == "cuda"
             placed = {
-                key: PlacedDataset(dataset, device=device, pinned=pinned)
+                key: PlacedDataset(dataset, device=device, pinned=pinned, padding=self._padding)
                 for key, dataset in distinct.items()
             }
             self._placed = {

@@ -13,7 +13,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from paragraph_ocr.batch import Batch
-from paragraph_ocr.data.dataset import HeldDataset, Item, ParagraphDataset, label_length
+from paragraph_ocr.data.dataset import (
+    TO_LONGEST,
+    HeldDataset,
+    Item,
+    LabelPadding,
+    ParagraphDataset,
+)
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.vocabulary import Vocabulary
 
@@ -31,7 +37,6 @@ class PlacedDataset(Dataset[Batch]):
 
     Args:
         pinned: a batch on the host lies in page-locked memory, from which a GPU fetches it by itself.
-        pad_to_multiple, max_length: see `label_length`.
     """
 
     def __init__(
@@ -40,11 +45,9 @@ class PlacedDataset(Dataset[Batch]):
         *,
         device: torch.device,
         pinned: bool = False,
-        pad_to_multiple: int = 1,
-        max_length: int | None = None,
+        padding: LabelPadding = TO_LONGEST,
     ) -> None:
-        self.device, self._pinned = device, pinned
-        self._pad_to_multiple, self._max_length = pad_to_multiple, max_length
+        self.device, self._pinned, self._padding = device, pinned, padding
         self._canvases = sorted({dataset.store.canvas(row) for row in dataset.rows})
         canvas_of = [self._canvases.index(dataset.store.canvas(row)) for row in dataset.rows]
         self._canvas_of = np.array(canvas_of)
@@ -64,7 +67,8 @@ class PlacedDataset(Dataset[Batch]):
             sizes.append(item.size)
             rows.append(item.row)
         self._lengths, self._sizes = np.array([*map(len, labels)]), np.array(sizes)
-        tokens = np.full((len(labels), self._label_length(self._lengths)), Vocabulary.pad, np.int32)
+        longest = padding.length(int(self._lengths.max()))
+        tokens = np.full((len(labels), longest), Vocabulary.pad, np.int32)
         for label, padded in zip(labels, tokens, strict=True):
             padded[: len(label)] = label
         self._tokens = torch.from_numpy(tokens).to(device)
@@ -79,7 +83,7 @@ class PlacedDataset(Dataset[Batch]):
         index = self._there(items)
         images = self._images(items)
         filled = bool((self._sizes[items] == images.shape[2:]).all())
-        labels = self._tokens[:, : self._label_length(self._lengths[items])]
+        labels = self._tokens[:, : self._padding.length(int(self._lengths[items].max()))]
         return Batch(
             images,
             labels.index_select(0, index).long(),
@@ -91,11 +95,6 @@ class PlacedDataset(Dataset[Batch]):
     def num_bytes(self) -> int:
         """Bytes of the pages."""
         return sum(pages.numel() for pages in self._pages)
-
-    def _label_length(self, lengths: np.ndarray) -> int:
-        return label_length(
-            int(lengths.max()), multiple=self._pad_to_multiple, most=self._max_length
-        )
 
     def _images(self, items: np.ndarray) -> Tensor:
         """Return the items' pages, "B 1 H W"; smaller canvases lie at the top left of the largest."""
