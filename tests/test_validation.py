@@ -1,7 +1,7 @@
 import pytest
 
 from paragraph_ocr.errors import UserError
-from paragraph_ocr.validation import CONF, compose, validate
+from paragraph_ocr.validation import CONF, compose, overridden, validate
 
 CHOICES = [
     (folder.relative_to(CONF).as_posix(), file.stem)
@@ -66,6 +66,7 @@ def test_a_number_of_batches_stays_a_number_and_a_share_a_share(typed, kind):
         ("datamodule=folder", "datamodule.root=<folder"),
         ("datamodule=iam_paragraphs", "datamodule.root=<folder of IAM's archives>"),
         ("datamodule.too_long=drop", "error, skip"),
+        ("datamodule.placement=card", "disk, host, gpu"),
         ("datamodule=emnist_lines", "datamodule.root=<folder of EMNIST's files"),
         ("model=line_cnn", "Pass datamodule=synthetic_lines"),
         ("model.loss=ctc", "does not belong to this model"),
@@ -107,6 +108,23 @@ def test_a_mistake_is_one_line_with_the_remedy(typed, said):
             "datamodule.max_length=42 or more",
         ),
         ("datamodule=emnist_lines datamodule.min_characters=32", "must be below"),
+        (
+            "datamodule.placement=host regularization.augment_on=workers",
+            "Pass regularization.augment_on=device",
+        ),
+        (
+            "datamodule=iam_synthetic_paragraphs datamodule.root=tests datamodule.placement=host",
+            "Pass datamodule.placement=disk",
+        ),
+        (
+            "datamodule=iam_synthetic_paragraphs datamodule.root=tests datamodule.length_buckets=8",
+            "Pass datamodule.length_buckets=0",
+        ),
+        ("datamodule.pad_to_multiple=0", "must lie in 1"),
+        (
+            "trainer=cpu datamodule.placement=gpu",
+            "^datamodule.placement=gpu needs a GPU, and trainer.accelerator=cpu. Pass .*=host",
+        ),
         ("tracking.register=notes", "tracking.log_model=true"),
         ("tracking=off tracking.log_model=true", "tracking=mlflow"),
         ("tracking.log_model=true tracking.register=a/b", "letters, digits"),
@@ -136,3 +154,20 @@ def test_each_data_module_has_choices_of_its_own(typed, said):
     with pytest.raises(UserError, match=said) as refusal:
         validate(compose(["datamodule.root=tests", *typed]))
     assert "\n" not in str(refusal.value)
+
+
+def test_pages_on_a_card_need_a_card(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refuse(
+        ["datamodule.placement=gpu"], "^datamodule.placement=gpu needs a GPU, and torch finds none"
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert validate(compose(["datamodule.placement=gpu"])).datamodule.placement == "gpu"
+
+
+def test_a_model_that_was_trained_from_a_card_reads_without_one():
+    trained = validate(compose(["trainer=cpu"]))
+    trained.datamodule.placement = "gpu"
+    assert overridden(trained, []).datamodule.placement == "disk"

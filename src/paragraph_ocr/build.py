@@ -61,7 +61,10 @@ EPOCHS_BETWEEN_READINGS_TO_OVERFIT = 10  # an epoch is a step, and reading costs
 WRITABLE = "".join(map(chr, range(32, 127))) + "\n"
 """What generated text is written in where the vocabulary is to be found in it: ASCII."""
 
-_LOADING = {"root", "batch_size", "num_workers", "max_length", "too_long"}
+_LOADING = {
+    "root", "batch_size", "num_workers", "max_length", "too_long", "placement", "length_buckets",
+    "pad_to_multiple",
+}  # fmt: skip
 """Fields of a data module that say how paragraphs are loaded, not what they are."""
 
 
@@ -220,6 +223,9 @@ def build_datamodule(
         stacking=_stacking(data),
         overfit_batches=experiment.trainer.overfit_batches,
         strengths=build_strengths(experiment) if in_workers else Strengths(),
+        placement=data.placement,
+        length_buckets=data.length_buckets,
+        pad_to_multiple=data.pad_to_multiple,
         seed=experiment.seed,
         progress=progress,
     )

@@ -15,6 +15,7 @@ from paragraph_ocr.config import (
     FolderData,
     GeneratedData,
     IamData,
+    IamStackedData,
     LineCnnModel,
     TrackingConfig,
     TrainerConfig,
@@ -37,6 +38,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "regularization.augment_on": ("device", "workers"),
     "vocabulary.unknown": ("error", "drop", "replace"),
     "datamodule.too_long": ("error", "skip"),
+    "datamodule.placement": ("disk", "host", "gpu"),
     "tracking.name": ("mlflow", "off"),
 }
 
@@ -61,6 +63,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "datamodule.batch_size": (1, 1_000_000),
     "datamodule.num_workers": (0, 1024),
     "datamodule.max_length": (3, 100_000),
+    "datamodule.length_buckets": (0, 100_000),
+    "datamodule.pad_to_multiple": (1, 100_000),
     "datamodule.height": (32, 10_000),
     "datamodule.width": (32, 10_000),
     "datamodule.min_lines": (1, 1000),
@@ -155,6 +159,13 @@ def check_together(experiment: Experiment) -> None:
         )
     if isinstance(data, EmnistData):
         _check_emnist(data)
+    if data.placement != "disk":
+        _check_placement(experiment)
+    if data.length_buckets and isinstance(data, IamStackedData):
+        raise UserError(
+            f"datamodule.length_buckets={data.length_buckets} needs to know lengths, and datamodule="
+            f"{data.name} stacks new paragraphs in every epoch. Pass datamodule.length_buckets=0."
+        )
 
 
 def check_combinations(experiment: Experiment) -> None:
@@ -198,6 +209,8 @@ def check_combinations(experiment: Experiment) -> None:
         )
     _check_processes(experiment)
     _check_device(trainer)
+    if data.placement == "gpu":
+        _check_gpu(trainer)
 
 
 def _is_there(path: str, *, folder: bool = False) -> bool:
@@ -314,6 +327,21 @@ def _check_room_for_tokens(data: GeneratedData | EmnistLinesData) -> None:
         )
 
 
+def _check_placement(experiment: Experiment) -> None:
+    """Check that pages that are kept in memory need nothing done to them before they are a batch."""
+    data, on = experiment.datamodule, experiment.regularization.augment_on
+    if on == "workers":
+        raise UserError(
+            f"regularization.augment_on=workers changes pages that datamodule.placement={data.placement} "
+            "keeps as they are. Pass regularization.augment_on=device, or datamodule.placement=disk."
+        )
+    if isinstance(data, IamStackedData):
+        raise UserError(
+            f"datamodule.placement={data.placement} keeps pages, and datamodule={data.name} stacks new "
+            "ones in every epoch. Pass datamodule.placement=disk."
+        )
+
+
 def _check_processes(experiment: Experiment) -> None:
     """Check that what is for one process is not asked of several."""
     trainer = experiment.trainer
@@ -363,4 +391,17 @@ def _check_device(trainer: TrainerConfig) -> None:
         raise UserError(
             f"trainer.precision={trainer.precision} is not supported by this GPU. "
             "Pass trainer.precision=16-mixed."
+        )
+
+
+def _check_gpu(trainer: TrainerConfig) -> None:
+    """Check that there is a card to keep pages on; as `_check_device`, asks torch only if it must."""
+    here = "trainer.accelerator=cpu" if trainer.accelerator == "cpu" else None
+    if here is None:
+        import torch
+
+        here = None if torch.cuda.is_available() else "torch finds none here"
+    if here is not None:
+        raise UserError(
+            f"datamodule.placement=gpu needs a GPU, and {here}. Pass datamodule.placement=host."
         )

@@ -71,6 +71,9 @@ class DataConfig:
     height: int = MISSING
     width: int = MISSING
     too_long: str = "error"
+    placement: str = "disk"
+    length_buckets: int = 0
+    pad_to_multiple: int = 1
 
 
 @dataclass

@@ -21,6 +21,7 @@ from paragraph_ocr.stored import CONFIG, read_config
 
 CHANGEABLE = (
     "datamodule.num_workers",
+    "datamodule.placement",
     "datamodule.root",
     "tracking.system_metrics",
     "tracking.uri",

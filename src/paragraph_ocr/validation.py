@@ -68,6 +68,7 @@ def overridden(experiment: Experiment, overrides: list[str]) -> Experiment:
             if name not in chosen:
                 value = getattr(experiment, name)
                 composed[name] = OmegaConf.structured(value) if is_dataclass(value) else value
+        composed.datamodule.placement = "disk"  # of the training, whose GPU need not be here
         parser = OverridesParser.create()
         for word in overrides:
             if word not in groups:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import chain
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -129,32 +130,124 @@ def test_a_description_says_counts_size_and_lengths(make, noise):
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_processes_share_the_positions_between_them(length, world_size, batch_size):
-    def shares(seed, **steps):
+    def orders(seed, **steps):
         return [
-            list(Order(length, seed=seed, rank=rank, world_size=world_size, **steps))
+            Order(
+                length, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, **steps
+            )
             for rank in range(world_size)
         ]
 
     for seed in (None, 0):
-        once = shares(seed)
-        assert sorted(chain(*once)) == list(range(length))
-        in_step = shares(seed, steps_of=batch_size)
-        assert len({-(-len(share) // batch_size) for share in in_step}) == 1
-        assert {position for share in in_step for position in share} == set(range(length))
-        assert sum(map(len, in_step)) < length + world_size
-        for rank, share in enumerate(in_step):
-            sampler = Order(
-                length, seed=seed, rank=rank, world_size=world_size, steps_of=batch_size
-            )
-            assert len(sampler) == len(share)
+        once = [list(order) for order in orders(seed)]
+        assert sorted(chain(*chain(*once))) == list(range(length))
+        in_step = [list(order) for order in orders(seed, in_step=True)]
+        assert len(set(map(len, in_step))) == 1
+        positions = [*chain(*chain(*in_step))]
+        assert set(positions) == set(range(length))
+        assert len(positions) < length + world_size
+        for order, batches in zip(orders(seed, in_step=True), in_step, strict=True):
+            assert len(order) == len(batches)
 
 
-def test_processes_take_each_step_what_one_process_would(noise):
-    (whole,) = [list(Order(22, seed=3))]
-    shares = [list(Order(22, seed=3, rank=rank, world_size=2, steps_of=2)) for rank in range(2)]
-    for step in range(6):
-        mine = [position for share in shares for position in share[2 * step : 2 * step + 2]]
-        assert sorted(mine) == sorted(whole[4 * step : 4 * step + 4])
+def test_processes_take_each_step_what_one_process_would():
+    whole = list(Order(22, batch_size=4, seed=3))
+    shares = [
+        list(Order(22, batch_size=2, seed=3, rank=rank, world_size=2, in_step=True))
+        for rank in range(2)
+    ]
+    for step, together in enumerate(zip(*shares, strict=True)):
+        assert sorted(chain(*together)) == sorted(whole[step])
+
+
+LENGTHS = np.random.default_rng(0).integers(10, 400, size=103)
+
+
+def bucketed(*, seed=0, epoch=0, rank=0, world_size=1, batch_size=4, buckets=6, start=(0, 0)):
+    """Return one process's batches of positions, as label lengths and buckets order them."""
+    order = Order(
+        len(LENGTHS),
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        in_step=True,
+        start=start,
+        label_lengths=LENGTHS,
+        buckets=buckets,
+    )
+    order.set_epoch(epoch)
+    batches = list(order)
+    assert len(batches) == len(order) or start != (0, 0)
+    return [[position - epoch * len(LENGTHS) for position in batch] for batch in batches]
+
+
+def padding(batches) -> float:
+    """Return the share of padding in the labels of batches of positions."""
+    lengths = [LENGTHS[batch] for batch in batches]
+    return 1 - sum(map(sum, lengths)) / sum(len(each) * max(each) for each in lengths)
+
+
+def test_like_lengths_come_together_in_a_random_order_of_their_own_each_epoch():
+    plain, together = bucketed(buckets=0), bucketed()
+    assert [*map(len, together)] == [*map(len, plain)] == [4] * 25 + [3]
+    assert sorted(chain(*together)) == list(range(103))
+    assert padding(together) < padding(plain) / 2
+    assert padding(bucketed(buckets=26)) < padding(together)
+    assert together == bucketed()
+    for other in (bucketed(epoch=1), bucketed(seed=1), plain):
+        assert {frozenset(batch) for batch in other} != {frozenset(batch) for batch in together}
+    longest = [LENGTHS[batch].max() for batch in together]
+    assert longest != sorted(longest)  # or training would go from short to long
+    assert abs(np.corrcoef(np.arange(26), longest)[0, 1]) < 0.5
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_processes_get_like_lengths_in_the_same_step_and_equally_many_batches(world_size):
+    shares = [bucketed(rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1
+    positions = [*chain(*chain(*shares))]
+    assert set(positions) == set(range(103))
+    assert len(positions) < 103 + world_size
+    whole = bucketed(batch_size=4 * world_size)
+    for step, together in enumerate(zip(*shares, strict=True)):
+        if step == len(whole) - 1:  # what is left, and what makes the batches equally many
+            assert {*chain(*together)} >= {*whole[step]}
+        else:
+            assert {*chain(*together)} == {*whole[step]}
+            longest = [int(LENGTHS[batch].max()) for batch in together]
+            assert max(longest) - min(longest) < 0.2 * 400
+
+
+def test_a_resumed_order_of_like_lengths_goes_on_where_it_stood():
+    whole = bucketed(epoch=2)
+    for done in (0, 1, 25):
+        assert bucketed(epoch=2, start=(2, done)) == whole[done:]
+    assert bucketed(epoch=3, start=(2, 7)) == bucketed(epoch=3)
+
+
+def test_the_data_module_orders_its_labels_by_length(make):
+    def spread(module):
+        batches = [
+            (batch.tokens != Vocabulary.pad).sum(dim=1) for batch in module.train_dataloader()
+        ]
+        return sum(int(lengths.max() - lengths.min()) for lengths in batches[:-1])
+
+    assert spread(make(length_buckets=4)) < spread(make()) / 2
+    assert rows(make(length_buckets=4).val_dataloader()) == rows(make().val_dataloader())
+    overfit = make(length_buckets=4, overfit_batches=2)
+    assert [*chain(*rows(overfit.train_dataloader()))] == list(range(10))
+
+
+@pytest.mark.parametrize("placement", ["disk", "gpu"])
+def test_labels_are_padded_to_a_multiple(make, placement):
+    plain, padded = make(), make(pad_to_multiple=16, placement=placement)
+    for name in ("train_dataloader", "val_dataloader"):
+        for one, two in zip(getattr(plain, name)(), getattr(padded, name)(), strict=True):
+            length = one.tokens.shape[1]
+            assert two.tokens.shape[1] == -(-length // 16) * 16
+            assert torch.equal(two.tokens[:, :length], one.tokens)
+            assert (two.tokens[:, length:] == Vocabulary.pad).all()
 
 
 class Recorder(pl.LightningModule):
@@ -196,13 +289,17 @@ def train(module, *, steps, resume=None, folder=None) -> list[list[int]]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_run_goes_on_with_the_very_batch_that_was_next(make, tmp_path, num_workers):
-    whole = train(make(num_workers=num_workers), steps=14, folder=tmp_path)
+@pytest.mark.parametrize(
+    "loading",
+    [{}, {"num_workers": 2}, {"placement": "host"}, {"placement": "gpu"}, {"length_buckets": 3}],
+    ids=str,
+)
+def test_a_resumed_run_goes_on_with_the_very_batch_that_was_next(make, tmp_path, loading):
+    whole = train(make(**loading), steps=14, folder=tmp_path)
     assert whole[:5] != whole[5:10]
-    for step in (2, 4, 5, 6, 9, 10, 12) if num_workers == 0 else (5, 7):
+    for step in (5, 7) if "num_workers" in loading else (2, 4, 5, 6, 9, 10, 12):
         checkpoint = tmp_path / f"step={step}.ckpt"
-        resumed = train(make(num_workers=num_workers), steps=14, resume=checkpoint)
+        resumed = train(make(**loading), steps=14, resume=checkpoint)
         assert resumed == whole[step:], step
 
 

@@ -6,7 +6,7 @@ import torch
 
 from paragraph_ocr.data.augment import Strengths
 from paragraph_ocr.data.augment_page import augment_page
-from paragraph_ocr.data.dataset import ParagraphDataset, collate
+from paragraph_ocr.data.dataset import LabelPadding, ParagraphDataset, collate
 from paragraph_ocr.data.store import Paragraph, Store, StoreWriter, pack
 from paragraph_ocr.vocabulary import Vocabulary
 
@@ -48,6 +48,46 @@ def test_labels_are_as_long_as_the_longest_of_the_batch(dataset):
             end = 1 + len(TEXTS[index])
             assert row[end] == Vocabulary.end
             assert set(row[end + 1 :]) <= {Vocabulary.pad}
+
+
+def test_no_label_is_padded_beyond_the_models_positions():
+    assert [LabelPadding(16).length(n) for n in (1, 16, 17)] == [16, 16, 32]
+    assert [LabelPadding(16, most=40).length(n) for n in (20, 33, 40)] == [32, 40, 40]
+    assert [LabelPadding().length(n) for n in (1, 17)] == [1, 17]
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["model=tiny", "model=line_cnn", "model=line_cnn model.loss=ctc model.window_stride_px=8"],
+)
+def test_padding_of_labels_costs_nothing(dataset, vocabulary, typed):
+    from paragraph_ocr.build_model import build_recognizer
+    from paragraph_ocr.validation import compose, validate
+
+    model = build_recognizer(
+        validate(compose([*typed.split(), "datamodule=synthetic_lines"])), vocabulary
+    ).eval()
+    items = [
+        item._replace(image=np.pad(item.image, ((0, 12), (0, 866))))
+        for item in (dataset[0], dataset[2])
+    ]
+
+    def loss(padding):
+        batch = collate(items, padding=padding)
+        logits = model(batch.images, batch.tokens[:, :-1], batch.sizes)
+        total, count = model.loss(logits, batch.tokens[:, 1:], label_smoothing=0.1)
+        total.backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return batch.tokens.shape[1], total.detach(), count, gradients
+
+    length, total, count, gradients = loss(LabelPadding())
+    padded_length, padded_total, padded_count, padded_gradients = loss(LabelPadding(32))
+    assert (length, padded_length) == (11, 32)
+    assert count == padded_count
+    torch.testing.assert_close(total, padded_total)
+    assert len(gradients) > 4
+    torch.testing.assert_close(gradients, padded_gradients, atol=1e-4, rtol=1e-3)
 
 
 def test_sizes_are_given_only_where_an_image_does_not_fill_the_canvas(dataset):

@@ -113,7 +113,7 @@ def test_every_copy_gives_the_same_pictures(iam_copies, tmp_path):
             # once more scaled and packed as JPEG: strokes stay where they were
             shrunk = [np.float64(found)[:56, :400].reshape(14, 4, 100, 4).mean((1, 3))
                       for found in (image, half[name])]  # fmt: skip
-            assert np.corrcoef(shrunk[0].ravel(), shrunk[1].ravel())[0, 1] > 0.8
+            assert np.corrcoef(shrunk[0].ravel(), shrunk[1].ravel())[0, 1] > 0.75
 
 
 def test_the_tables_serve_where_there_is_no_xml(iam_pages, copy, tmp_path):

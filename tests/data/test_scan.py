@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paragraph_ocr.data.scan import MAX_PIXELS, fit, ink, read_scan
+from paragraph_ocr.data import scan
+from paragraph_ocr.data.scan import MAX_PIXELS, fit, ink, read_grey, read_page, read_scan
 from paragraph_ocr.errors import UserError
 
 
@@ -75,6 +76,101 @@ def test_uneven_paper_and_what_shows_through_are_taken_out(strokes):
 def test_a_blank_page_is_blank():
     noise = np.random.default_rng(0).normal(230, 2, (100, 100)).astype(np.uint8)
     assert float(np.mean(ink(noise) > 30)) < 0.01
+
+
+def slow_ink(grey):
+    """Return what `ink` approximates: percentiles and shares of the paper in full precision."""
+    low, middle, high = np.percentile(grey, (1, 50, 99))
+    if high - low > 30 and middle < (low + high) / 2:
+        grey = 255 - grey
+    scale = min(1.0, 600 / max(grey.shape))
+    smaller = (max(1, round(grey.shape[1] * scale)), max(1, round(grey.shape[0] * scale)))
+    coarse = cv2.resize(grey, smaller, interpolation=cv2.INTER_AREA)
+    window = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (41, 41))
+    paper = cv2.GaussianBlur(cv2.morphologyEx(coarse, cv2.MORPH_CLOSE, window), (0, 0), 10)
+    paper = cv2.resize(paper, grey.shape[::-1], interpolation=cv2.INTER_LINEAR)
+    dark = 1 - grey.astype(np.float32) / np.maximum(paper, 1)
+    strokes = max(float(np.percentile(dark, 99)), 0.15)
+    return (np.clip((dark / strokes - 0.25) / 0.6, 0, 1) * 255).astype(np.uint8)
+
+
+def letter(seed, *, height=1200, width=900):
+    """Return a photographed letter: grey, written by a pen of its own on uneven, grained paper."""
+    generator = np.random.default_rng(seed)
+    ink = np.zeros((height, width), np.uint8)
+    size, thick = generator.uniform(0.8, 1.6) * width / 900, max(1, round(width / 450))
+    for row in range(round(80 * size), height - 20, round(60 * size)):
+        words = "".join(generator.choice([*"aebdghilmnoprstuy  "], size=30))
+        cv2.putText(ink, words, (20, row), cv2.FONT_HERSHEY_SCRIPT_SIMPLEX, size, 255, thick)
+    light = cv2.resize(
+        generator.uniform(0.6, 1.0, size=(3, 3)), (width, height), interpolation=cv2.INTER_CUBIC
+    )
+    grain = generator.normal(0, 2, size=(height, width))
+    share = generator.uniform(0.4, 0.8) * cv2.GaussianBlur(ink, (3, 3), 0) / 255
+    return np.clip(235 * light * (1 - share) + grain, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ink_is_that_of_full_precision(seed):
+    grey = letter(seed)
+    for page in (grey, 255 - grey, grey[:300], grey // 3):
+        expected = slow_ink(page)
+        assert expected.mean() > 5  # there is something to be compared
+        assert np.abs(ink(page).astype(int) - expected).mean() < 0.6
+    for page in (grey[:50, :60], grey[:2, :3], grey[:1, :1]):  # grain, as dark as may be
+        assert np.abs(ink(page).astype(int) - slow_ink(page)).mean() < 4
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "colour.jpg"])
+def test_a_page_is_that_of_the_whole_scan(tmp_path, name):
+    for seed, (height, width) in enumerate([(3508, 2480), (1000, 2400), (576, 640), (200, 300)]):
+        grey = letter(seed, height=height, width=width)
+        image = Image.fromarray(grey)
+        path = saved(tmp_path, image.convert("RGB") if "colour" in name else image, name)
+        expected = fit(slow_ink(read_grey(path, where="")), height=576, width=640)
+        page, own = read_page(path, where="", height=576, width=640)
+        assert own == (height, width)
+        assert page.shape == expected.shape
+        assert np.abs(page.astype(int) - expected).mean() < 1.5
+        assert np.corrcoef(page.ravel(), expected.ravel())[0, 1] > 0.99
+
+
+def test_a_large_jpeg_is_not_unpacked_whole(tmp_path, monkeypatch):
+    path = saved(tmp_path, Image.fromarray(letter(0, height=3600, width=2400)), "a.jpg")
+    seen = []
+    monkeypatch.setattr(scan, "ink", lambda grey: (seen.append(grey.shape), ink(grey))[1])
+    grey = scan._grey
+    monkeypatch.setattr(scan, "_grey", lambda image: (seen.append(image.size), grey(image))[1])
+    read_page(path, where="", height=300, width=200)
+    assert seen == [(600, 900), (900, 600)]
+
+
+def test_a_turned_jpeg_that_comes_smaller_is_upright_and_knows_its_size(tmp_path):
+    grey = letter(1, height=2400, width=1600)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.fromarray(grey).transpose(Image.Transpose.ROTATE_90)
+    path = saved(tmp_path, turned, "photo.jpg", exif=exif, quality=95)
+    page, own = read_page(path, where="", height=300, width=400)
+    assert own == (2400, 1600)
+    expected = fit(slow_ink(grey), height=300, width=400)
+    assert page.shape == expected.shape == (300, 200)
+    assert np.corrcoef(page.ravel(), expected.ravel())[0, 1] > 0.97
+
+
+def test_an_image_of_the_callers_stays_as_it_is(tmp_path):
+    path = saved(tmp_path, Image.fromarray(letter(0, height=2000, width=1600)), "a.jpg")
+    with Image.open(path) as image:
+        page, own = read_page(image, where="", height=100, width=100)
+        assert image.size == (1600, 2000) and own == (2000, 1600)
+        assert page.shape == (100, 80)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 100, 10_001])
+def test_percentiles_are_numpys(count):
+    values = np.random.default_rng(count).integers(256, size=(1, count), dtype=np.uint8)
+    expected = np.percentile(values, (1, 50, 99))
+    np.testing.assert_allclose(scan._percentiles(values, 1, 50, 99), expected)
 
 
 def test_a_large_page_is_scaled_whole_and_a_small_one_stays(strokes):

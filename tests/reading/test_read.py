@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from paragraph_ocr.data.scan import MAX_PIXELS
 from paragraph_ocr.errors import UserError
-from paragraph_ocr.reading import Recognizer, Refusal, Transcript
+from paragraph_ocr.reading import Recognizer, Refusal, Transcript, read
 from paragraph_ocr.reading.checkpoint import find_checkpoint
 from paragraph_ocr.reading.transcript import bands
 
@@ -192,6 +193,30 @@ def test_images_are_taken_two_batches_ahead_and_no_more(recognizer, images):
         next(reading)
         assert taken <= number + 2 * 3 + 3
     reading.close()
+
+
+def test_the_next_two_batches_are_prepared_while_the_model_reads(recognizer, images, monkeypatch):
+    prepared, seen = [], 0
+    prepare, readings = read.prepare, recognizer._readings
+
+    def counted(image, canvas):
+        page = prepare(image, canvas)
+        prepared.append(image)
+        return page
+
+    def slow(pages, sizes):
+        nonlocal seen
+        seen += len(pages)
+        ready = min(seen + 2 * 2, 12)
+        for _ in range(3000):  # 30 s, if nobody prepares them
+            if len(prepared) >= ready:
+                return readings(pages, sizes)
+            time.sleep(0.01)
+        raise AssertionError(f"{len(prepared)} prepared, and {ready} could be")
+
+    monkeypatch.setattr(read, "prepare", counted)
+    monkeypatch.setattr(recognizer, "_readings", slow)
+    assert len([*recognizer.read_all(scans(images), batch_size=2)]) == 12
 
 
 def test_no_images_are_no_readings(recognizer):

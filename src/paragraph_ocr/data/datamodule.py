@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from paragraph_ocr import console
+from paragraph_ocr.batch import Batch
 from paragraph_ocr.data.augment import Strengths
 from paragraph_ocr.data.corpus import Corpus
-from paragraph_ocr.data.dataset import HeldDataset, Item, ParagraphDataset, collate
+from paragraph_ocr.data.dataset import BatchDataset, HeldDataset, LabelPadding, ParagraphDataset
+from paragraph_ocr.data.placed import PlacedDataset, require_room
 from paragraph_ocr.data.stacked import StackedDataset, Stacking
 from paragraph_ocr.data.store import Store
 from paragraph_ocr.data.text import SPLITS
@@ -27,9 +29,10 @@ from paragraph_ocr.vocabulary import Vocabulary, listed, normalise
 _NAMED = 20  # paragraphs named in a message
 
 
-class Order(DistributedSampler[int]):
-    """One process's share of the positions 0 to `length`, in an order that seed and epoch decide.
+class Order(DistributedSampler[list[int]]):
+    """One process's batches of the positions 0 to `length`, in an order that seed and epoch decide.
 
+    In each step all processes together take what one process would with a batch as large as theirs.
     Each epoch's positions go on where those of the epoch before end, so that a position tells a
     worker, which lives on from epoch to epoch, also the epoch.
 
@@ -38,43 +41,68 @@ class Order(DistributedSampler[int]):
 
     Args:
         seed: None keeps positions in order.
-        steps_of: paragraphs in a batch, if every process must have as many batches (training needs
-            that, and a score must not have it): where shares differ by a batch, positions are repeated,
-            fewer than there are processes.
-        start: epoch, and positions of this process that are done in it: where a resumed run goes on.
+        in_step: whether every process must have as many batches (training needs that, and a score must
+            not have it): where shares differ by a batch, positions are repeated, fewer than there are
+            processes.
+        start: epoch, and batches of this process that are done in it: where a resumed run goes on.
+        label_lengths: of the positions; within windows of `buckets` steps of the shuffled order, those of
+            like length come together, and then the steps are shuffled. None, or a single step: they do not.
     """
 
     def __init__(
         self,
         length: int,
         *,
+        batch_size: int,
         seed: int | None,
         rank: int = 0,
         world_size: int = 1,
-        steps_of: int | None = None,
+        in_step: bool = False,
         start: tuple[int, int] = (0, 0),
+        label_lengths: np.ndarray | None = None,
+        buckets: int = 0,
     ) -> None:
-        self.length, self.order_seed = length, seed
-        self.rank, self.num_replicas, self.steps_of = rank, world_size, steps_of
+        self.length, self.batch_size, self.order_seed = length, batch_size, seed
+        self.rank, self.num_replicas, self.in_step = rank, world_size, in_step
         self.start = start
+        self.label_lengths, self.buckets = label_lengths, buckets
         self.epoch = start[0]  # the first iterator is made before Lightning calls `set_epoch`
 
     def __len__(self) -> int:
-        return len(range(self.rank, self._total(), self.num_replicas))
+        share = len(range(self.rank, self._total(), self.num_replicas))
+        return -(-share // self.batch_size)
 
-    def __iter__(self) -> Iterator[int]:
-        order = np.arange(self.length)
-        if self.order_seed is not None:
-            order = np.random.default_rng([self.order_seed, self.epoch]).permutation(self.length)
-        mine = np.resize(order, self._total())[self.rank :: self.num_replicas]
+    def __iter__(self) -> Iterator[list[int]]:
+        mine = self._order()[self.rank :: self.num_replicas] + self.epoch * self.length
         done = self.start[1] if self.epoch == self.start[0] else 0
-        return iter((self.epoch * self.length + mine[done:]).tolist())
+        begins = range(done * self.batch_size, len(mine), self.batch_size)
+        return iter([mine[begin : begin + self.batch_size].tolist() for begin in begins])
+
+    def _order(self) -> np.ndarray:
+        """Return the positions of all processes: process r takes each `world_size`th from r on."""
+        if self.order_seed is None:
+            return np.resize(np.arange(self.length), self._total())
+        generator = np.random.default_rng([self.order_seed, self.epoch])
+        order = np.resize(generator.permutation(self.length), self._total())
+        if self.label_lengths is None or self.buckets < 2:
+            return order
+        return self._bucketed(order, self.label_lengths, generator)
+
+    def _bucketed(
+        self, order: np.ndarray, lengths: np.ndarray, generator: np.random.Generator
+    ) -> np.ndarray:
+        """Return the order with like lengths in a step; its last step, if it is not full, as it is."""
+        step = self.batch_size * self.num_replicas
+        full = len(order) - len(order) % step
+        for begin in range(0, full, self.buckets * step):
+            window = order[begin : min(begin + self.buckets * step, full)]
+            window[:] = window[np.argsort(lengths[window], kind="stable")]
+        steps = order[:full].reshape(-1, step)
+        return np.concatenate([generator.permutation(steps).ravel(), order[full:]])
 
     def _total(self) -> int:
-        if self.steps_of is None:
-            return self.length
         most, fewest = -(-self.length // self.num_replicas), self.length // self.num_replicas
-        if -(-most // self.steps_of) == -(-fewest // self.steps_of):
+        if not self.in_step or -(-most // self.batch_size) == -(-fewest // self.batch_size):
             return self.length
         return most * self.num_replicas
 
@@ -90,6 +118,12 @@ class ParagraphDataModule(pl.LightningDataModule):
         overfit_batches: a number of batches, or (a float) a share of them, that are all there is:
             unshuffled, the same in training, validation and test. 0 uses all data properly.
         strengths: of the augmentation that the loader's workers do to training pages; None is none.
+        placement: where pages are while a run goes on. "disk": in the store, and the workers unpack what
+            a batch needs. "host", "gpu": unpacked in the memory of this host or of the trainer's device,
+            and nothing is done to them on the way to a batch. Batches are the same in all three.
+        length_buckets: steps among which training paragraphs of like length come together; 0 mixes them.
+        pad_to_multiple: labels are padded to a multiple of this, up to `max_length`; 1 pads them to the
+            longest of a batch.
         progress: told (done, total) while a store is being prepared.
     """
 
@@ -106,17 +140,27 @@ class ParagraphDataModule(pl.LightningDataModule):
         stacking: Stacking | None = None,
         overfit_batches: int | float = 0,
         strengths: Strengths | None = None,
+        placement: str = "disk",
+        length_buckets: int = 0,
+        pad_to_multiple: int = 1,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         super().__init__()
+        if placement != "disk" and (stacking or (strengths or Strengths()).work):
+            raise ValueError(f"placement {placement!r} keeps pages as they are in the store")
+        if stacking and length_buckets:
+            raise ValueError("the lengths of stacked paragraphs are known only once they are made")
         self.corpus, self.root, self.vocabulary = corpus, root, vocabulary
         self.batch_size, self.num_workers = batch_size, num_workers
         self.max_length, self.overfit_batches, self.seed = max_length, overfit_batches, seed
         self.too_long, self.stacking = too_long, stacking
-        self.strengths = strengths or Strengths()
+        self.strengths, self.placement = strengths or Strengths(), placement
+        self.length_buckets = length_buckets
+        self._padding = LabelPadding(multiple=pad_to_multiple, most=max_length)
         self._progress = progress
         self._datasets: dict[str, ParagraphDataset | StackedDataset | HeldDataset] = {}
+        self._placed: dict[str, PlacedDataset] = {}
         self._start = (0, 0)  # epoch, batches done in it
 
     def prepare_data(self) -> None:
@@ -212,14 +256,20 @@ class ParagraphDataModule(pl.LightningDataModule):
         batches = -(-length // self.batch_size)
         return max(1, round(self.overfit_batches * batches))
 
-    def train_dataloader(self) -> DataLoader[Item]:
+    def train_dataloader(self) -> DataLoader[Batch]:
         return self._loader("train", seed=None if self.overfit_batches else self.seed)
 
-    def val_dataloader(self) -> DataLoader[Item]:
+    def val_dataloader(self) -> DataLoader[Batch]:
         return self._loader("val", seed=None)
 
-    def test_dataloader(self) -> DataLoader[Item]:
+    def test_dataloader(self) -> DataLoader[Batch]:
         return self._loader("test", seed=None)
+
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        # Lightning copies what is no plain tensor while the GPU waits
+        return batch.to(device, non_blocking=device.type == "cuda")
 
     def state_dict(self) -> dict[str, Any]:
         """Return where in its order the training stands, and in what; Lightning keeps it in checkpoints."""
@@ -243,7 +293,7 @@ class ParagraphDataModule(pl.LightningDataModule):
             )
         self._start = state_dict["epoch"], state_dict["batch"]
 
-    def _loader(self, split: str, *, seed: int | None) -> DataLoader[Item]:
+    def _loader(self, split: str, *, seed: int | None) -> DataLoader[Batch]:
         dataset = self._datasets[split]
         world_size = self.trainer.world_size if self.trainer else 1
         if split != "train" and world_size > max(1, len(dataset)):
@@ -251,29 +301,78 @@ class ParagraphDataModule(pl.LightningDataModule):
                 f"trainer.devices={world_size} are more than the {len(dataset)} paragraphs of {split}. "
                 f"Pass trainer.devices={max(1, len(dataset))}."
             )
-        sampler = Order(
+        order = Order(
             len(dataset),
+            batch_size=self.batch_size,
             seed=seed,
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=world_size,
-            steps_of=self.batch_size if split == "train" else None,
-            start=(self._start[0], self._start[1] * self.batch_size)
-            if split == "train"
-            else (0, 0),
+            in_step=split == "train",
+            start=self._start if split == "train" else (0, 0),
+            label_lengths=self._label_lengths(dataset) if self.length_buckets else None,
+            buckets=self.length_buckets,
         )
+        placed = self.placement != "disk" and len(dataset) > 0
         # starting workers takes longer than reading a few batches does
-        workers = 0 if len(dataset) <= 4 * self.batch_size else self.num_workers
+        few = len(dataset) <= 4 * self.batch_size
+        workers = 0 if placed or few else self.num_workers
         return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
+            self._place(split) if placed else BatchDataset(dataset, padding=self._padding),
+            batch_size=None,  # the dataset makes whole batches
+            sampler=order,
             num_workers=workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=not placed and self._device.type == "cuda",
             persistent_workers=workers > 0,
             worker_init_fn=_one_thread,
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+    def _label_lengths(
+        self, dataset: ParagraphDataset | StackedDataset | HeldDataset
+    ) -> np.ndarray:
+        texts = dataset.store.texts
+        return np.array([len(self.vocabulary.prepare(texts[row])) for row in dataset.rows])
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the training is; without a trainer, the CPU."""
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+
+    def _place(self, split: str) -> PlacedDataset:
+        """Return a split in memory. The first call reads all splits, lest a test find no room at its end.
+
+        Raises:
+            UserError: there is no room for them.
+        """
+        if not self._placed:
+            on_host = self.placement == "host"
+            device = torch.device("cpu") if on_host else self._device
+            processes = self.trainer.world_size if self.trainer else 1
+            # overfitting has one for all splits
+            distinct = {
+                id(dataset): dataset
+                for dataset in self._datasets.values()
+                if not isinstance(dataset, StackedDataset) and len(dataset)
+            }
+            require_room(
+                distinct.values(), device=device, placement=self.placement, processes=processes
+            )
+            pinned = on_host and self._device.type == "cuda"
+            placed = {
+                key: PlacedDataset(dataset, device=device, pinned=pinned, padding=self._padding)
+                for key, dataset in distinct.items()
+            }
+            self._placed = {
+                name: placed[id(dataset)]
+                for name, dataset in self._datasets.items()
+                if len(dataset)
+            }
+            if self.trainer is None or self.trainer.is_global_zero:
+                sizes = [each.num_bytes for each in placed.values()]
+                console.say(
+                    f"datamodule.placement={self.placement}: {sum(sizes) / 1e9:.2f} GB of pages."
+                )
+        return self._placed[split]
 
     def __repr__(self) -> str:
         if not self._datasets:

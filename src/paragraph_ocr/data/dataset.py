@@ -1,6 +1,7 @@
 """Rows of a store as items, and items as batches."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,13 +88,41 @@ class HeldDataset(Dataset[Item]):
         return self._items[position]
 
 
-def collate(items: Sequence[Item], *, pad: int = Vocabulary.pad) -> Batch:
-    """Return the items as one batch: labels as long as the longest, canvases as large as the largest."""
+@dataclass(frozen=True, slots=True)
+class LabelPadding:
+    """How many tokens the labels of a batch have: as its longest, rounded up to a multiple.
+
+    `most` stands for a multiple too, whatever it is: a model has no positions beyond it.
+    """
+
+    multiple: int = 1
+    most: int | None = None
+
+    def length(self, longest: int) -> int:
+        rounded = -(-longest // self.multiple) * self.multiple
+        return rounded if self.most is None else max(longest, min(rounded, self.most))
+
+
+TO_LONGEST = LabelPadding()
+
+
+class BatchDataset(Dataset[Batch]):
+    """Batches of a dataset's items, each made from a list of positions."""
+
+    def __init__(self, dataset: Dataset[Item], *, padding: LabelPadding = TO_LONGEST) -> None:
+        self.dataset, self.padding = dataset, padding
+
+    def __getitem__(self, positions: Sequence[int]) -> Batch:
+        return collate([self.dataset[position] for position in positions], padding=self.padding)
+
+
+def collate(items: Sequence[Item], *, padding: LabelPadding = TO_LONGEST) -> Batch:
+    """Return the items as one batch: labels padded to one length, canvases as large as the largest."""
     height = max(item.image.shape[0] for item in items)
     width = max(item.image.shape[1] for item in items)
-    length = max(len(item.tokens) for item in items)
+    length = padding.length(max(len(item.tokens) for item in items))
     images = torch.zeros(len(items), 1, height, width, dtype=torch.uint8)
-    tokens = torch.full((len(items), length), pad)
+    tokens = torch.full((len(items), length), Vocabulary.pad)
     for index, item in enumerate(items):
         images[index, 0, : item.image.shape[0], : item.image.shape[1]] = torch.from_numpy(
             item.image

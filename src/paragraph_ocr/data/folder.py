@@ -14,13 +14,13 @@ from paragraph_ocr.data.corpus import Progress, digest, is_prepared, store_path,
 from paragraph_ocr.data.layout import Polygon, read_layout
 from paragraph_ocr.data.paragraph import SPLITS, Paragraph
 from paragraph_ocr.data.parallel import in_order
-from paragraph_ocr.data.scan import SUFFIXES, cut, fit, read_scan
+from paragraph_ocr.data.scan import SUFFIXES, cut, fit, read_page, read_scan
 from paragraph_ocr.data.store import PackedParagraph, pack
 from paragraph_ocr.errors import UserError
 
 MANIFESTS = ("manifest.jsonl", "manifest.csv")
 
-_VERSION = 1  # raise it whenever the same files give another store
+_VERSION = 2  # raise it whenever the same files give another store
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,10 +242,11 @@ def _is_unicode(text: str) -> bool:
 
 def _read(corpus: FolderCorpus, page: tuple[Entry, str]) -> PackedParagraph:
     entry, split = page
-    canvas = (corpus.height, corpus.width)
-    image = read_scan(corpus.folder / entry.image)
+    height, width = canvas = (corpus.height, corpus.width)
+    path = corpus.folder / entry.image
     if entry.polygon:
-        image = cut(image, entry.polygon)
-    image = fit(image, height=corpus.height, width=corpus.width)
+        image = fit(cut(read_scan(path), entry.polygon), height=height, width=width)
+    else:
+        image, _ = read_page(path, where=str(path), height=height, width=width)
     paragraph = Paragraph(image, entry.text, split, source=entry.id, writer=entry.writer)
     return pack(paragraph, canvas=canvas)

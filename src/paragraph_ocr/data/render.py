@@ -1,15 +1,16 @@
 """Paragraphs drawn in handwriting-like faces: the image, and the transcription as drawn.
 
-Each line is put down letter by letter on a strip, straight and level. The lines are put on a sheet, and one
-warp carries the sheet to the canvas: slant, slope, scale, and a smooth wander of the hand. Its bounds
-are known exactly, so that ink never leaves the canvas.
+Each line is set letter by letter, straight and level. The letters of all lines are put down on a sheet, and
+one warp carries the sheet to the canvas: slant, slope, scale, and a smooth wander of the hand. Its bounds
+are known exactly, so that ink never leaves the canvas, and nothing is computed where no ink can come.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import cv2
@@ -17,7 +18,7 @@ import numpy as np
 
 from paragraph_ocr.data.fonts import Face
 
-RENDERER_VERSION = 2
+RENDERER_VERSION = 3
 """Part of every rendered store's fingerprint: raise it whenever the same arguments draw otherwise."""
 
 LARGEST_PX = 64
@@ -28,6 +29,13 @@ SMALLEST_PX = 8
 
 _CELL_PX = 64
 """Spacing of the control points of the wander."""
+
+_STEP_PX = 8
+"""Distance of the places at which the warp is computed; between them it is linear, to a few hundredths of a
+pixel."""
+
+_BLUR_PX = 2
+"""How far the pen's blur spreads ink: half its kernel."""
 
 _LEVELS = np.arange(256) / 255
 
@@ -49,14 +57,12 @@ class Drawing:
         return "\n".join(self.lines)
 
 
-class Strip(NamedTuple):
-    """The ink of one line, cut to its bounds, and where its baseline begins on it, in pixels."""
+class Line(NamedTuple):
+    """The letters of one line, each with its box in pixels from where the baseline begins."""
 
-    ink: np.ndarray
-    x: int
-    y: int
-    letters: np.ndarray
-    """Boxes of the letters on it, (n, 4)."""
+    inks: list[np.ndarray]
+    boxes: np.ndarray
+    """int (n, 4): left, top, right, bottom."""
 
 
 def render(
@@ -106,27 +112,23 @@ def render(
     size_px = max(SMALLEST_PX, round(size))
     weight = None if face.weights is None else round(uniform(*face.weights) / 100) * 100
     slant = math.tan(math.radians(generator.normal(3, 6)))
-    strips = [
-        _draw_line(line, face, size_px, weight, space_px=space * size_px, generator=generator)
+    set_lines = [
+        _set_line(line, face, size_px, weight, space_px=space * size_px, generator=generator)
         for line in lines
     ]
     lefts = generator.normal(0, 0.15 * size_px, size=len(lines))
     lefts[0] += indent * size_px
-    sheet, boxes = _lay(strips, lefts, pitch_px=spacing * size_px, slant=slant, generator=generator)
-    letters = np.concatenate(
-        [strip.letters + np.tile(box[:2], 2) for strip, box in zip(strips, boxes, strict=True)]
+    sheet, boxes, letters = _lay(
+        set_lines, lefts, pitch_px=spacing * size_px, slant=slant, generator=generator
     )
-
-    image, boxes, letters = _warp(
+    part, (top, left), boxes, letters = _warp(
         sheet, boxes, letters, slant=slant, inner=inner, margins=margins, height=height, width=width,
         wander_px=size_px * uniform(0.02, 0.09), generator=generator,
     )  # fmt: skip
-    return Drawing(
-        _ink(image, size_px=size_px, generator=generator),
-        tuple(map(" ".join, lines)),
-        boxes,
-        letters,
-    )
+    part = _ink(part, size_px=size_px, generator=generator)
+    image = np.zeros((height, width), np.uint8)
+    image[top : top + part.shape[0], left : left + part.shape[1]] = part
+    return Drawing(image, tuple(map(" ".join, lines)), boxes, letters)
 
 
 def _wrap(
@@ -142,25 +144,24 @@ def _wrap(
 
     At most `num_lines` lines, each with its own right edge; at least `minimum` while there are words.
     """
-    ends = np.cumsum(advances + space)
-    edges = generator.uniform(0.85, 1.0, size=num_lines)
-    edges[generator.integers(num_lines)] = 1.0
+    ends = np.cumsum(advances + space).tolist()
+    drawn_edges = generator.uniform(0.85, 1.0, size=num_lines)
+    drawn_edges[generator.integers(num_lines)] = 1.0
+    edges = drawn_edges.tolist()
 
     def starts(line_em: float) -> list[int] | None:
         found = [0]
         for line in range(num_lines):
             begin = ends[found[-1] - 1] if found[-1] else -indent
-            after = int(
-                np.searchsorted(ends, begin + max(edges[line] * line_em, widest) + space + 1e-9)
-            )
-            after = max(after, found[-1] + 1)
+            edge = begin + max(edges[line] * line_em, widest) + space + 1e-9
+            after = max(bisect_left(ends, edge), found[-1] + 1)
             if after >= len(ends):
                 return found
             found.append(after)
         return None
 
     widest = float(advances.max()) + indent
-    low, high = 0.0, float(ends[-1]) * 1.2 + widest + indent
+    low, high = 0.0, ends[-1] * 1.2 + widest + indent
     while high - low > 0.1:
         middle = (low + high) / 2
         low, high = (middle, high) if starts(middle) is None else (low, middle)
@@ -177,7 +178,7 @@ def _wrap(
     return chosen, float(max(widths)) - space
 
 
-def _draw_line(
+def _set_line(
     words: Sequence[str],
     face: Face,
     size_px: int,
@@ -185,12 +186,12 @@ def _draw_line(
     *,
     space_px: float,
     generator: np.random.Generator,
-) -> Strip:
-    """Return the ink of a level line; words vary a little in height, size and distance."""
+) -> Line:
+    """Return the letters of a level line; words vary a little in height, size and distance."""
     shifts = generator.normal(0, 0.025 * size_px, size=len(words))
     gaps = space_px * generator.uniform(0.8, 1.3, size=len(words))
     sizes = size_px + np.rint(generator.normal(0, 0.03 * size_px, size=len(words))).astype(int)
-    placed = []
+    inks, boxes = [], []
     pen = 0.0
     for word, shift, gap, size in zip(
         words, shifts.tolist(), gaps.tolist(), sizes.tolist(), strict=True
@@ -199,53 +200,40 @@ def _draw_line(
         baseline = round(shift)
         for character in word:
             ink, left, top, advance = glyphs[character]
-            placed.append((ink, round(pen) + left, baseline + top))
+            left += round(pen)
+            top += baseline
+            inks.append(ink)
+            boxes.append((left, top, left + ink.shape[1], top + ink.shape[0]))
             pen += advance
         pen += gap
-    x0 = min(x for _, x, _ in placed)
-    y0 = min(y for _, _, y in placed)
-    x1 = max(x + ink.shape[1] for ink, x, _ in placed)
-    y1 = max(y + ink.shape[0] for ink, _, y in placed)
-    strip = np.zeros((y1 - y0, x1 - x0), np.uint8)
-    for ink, x, y in placed:
-        part = strip[y - y0 : y - y0 + ink.shape[0], x - x0 : x - x0 + ink.shape[1]]
-        np.maximum(part, ink, out=part)
-    letters = [
-        (x - x0, y - y0, x - x0 + ink.shape[1], y - y0 + ink.shape[0]) for ink, x, y in placed
-    ]
-    return Strip(strip, -x0, -y0, np.array(letters))
+    return Line(inks, np.array(boxes))
 
 
 def _lay(
-    strips: Sequence[Strip],
+    lines: Sequence[Line],
     lefts: np.ndarray,
     *,
     pitch_px: float,
     slant: float,
     generator: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sheet with every line on it, and the lines' boxes on the sheet in pixels.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the sheet with every letter on it, and the boxes of lines and letters on it in pixels.
 
     Lines are moved against the slant, so that their beginnings stand one under the other after it.
     """
-    pitches = pitch_px * generator.uniform(0.93, 1.07, size=len(strips))
-    baselines = np.cumsum(pitches)
-    offsets = [
-        (round(left + slant * baseline) - strip.x, round(baseline) - strip.y)
-        for strip, left, baseline in zip(strips, lefts, baselines, strict=True)
-    ]
-    boxes = np.array(
-        [
-            (x, y, x + strip.ink.shape[1], y + strip.ink.shape[0])
-            for (x, y), strip in zip(offsets, strips, strict=True)
-        ]
-    )
-    boxes = boxes - np.tile(boxes[:, :2].min(axis=0), 2)
-    sheet = np.zeros((boxes[:, 3].max(), boxes[:, 2].max()), np.uint8)
-    for strip, (left, top, right, bottom) in zip(strips, boxes, strict=True):
+    baselines = np.cumsum(pitch_px * generator.uniform(0.93, 1.07, size=len(lines)))
+    offsets = np.rint(np.stack([lefts + slant * baselines, baselines] * 2, axis=1)).astype(int)
+    placed = [line.boxes + offset for line, offset in zip(lines, offsets, strict=True)]
+    bounds = np.array([(*boxes[:, :2].min(axis=0), *boxes[:, 2:].max(axis=0)) for boxes in placed])
+    origin = np.tile(bounds[:, :2].min(axis=0), 2)
+    bounds -= origin
+    letters = np.concatenate(placed) - origin
+    sheet = np.zeros((bounds[:, 3].max(), bounds[:, 2].max()), np.uint8)
+    inks = chain.from_iterable(line.inks for line in lines)
+    for ink, (left, top, right, bottom) in zip(inks, letters.tolist(), strict=True):
         part = sheet[top:bottom, left:right]
-        np.maximum(part, strip.ink, out=part)
-    return sheet, boxes
+        cv2.max(part, ink, part)  # into the sheet; half of what np.maximum takes
+    return sheet, bounds, letters
 
 
 def _warp(
@@ -260,12 +248,13 @@ def _warp(
     width: int,
     wander_px: float,
     generator: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the canvas, and the lines' and letters' boxes on it; ink keeps to the inner part of the canvas.
+) -> tuple[np.ndarray, tuple[int, int], np.ndarray, np.ndarray]:
+    """Return the part of the canvas that can hold ink, its top and left, and all boxes on the canvas.
 
-    The map from canvas to sheet is affine plus a wander, both given by control points of a cubic
-    B-spline. The spline reproduces the affine part exactly and stays within the hull of its points,
-    so that no ink is farther from its affine place than `wander_px` in x or y on the sheet.
+    Ink keeps to the inner part of the canvas. The map from canvas to sheet is affine plus a wander, both
+    given by control points of a cubic B-spline. The spline reproduces the affine part exactly and stays
+    within the hull of its points, and so does what is linear between places on it: no ink is farther from
+    its affine place than `wander_px` in x or y on the sheet.
     """
     slope = math.radians(float(np.clip(generator.normal(0, 0.8), -2, 2)))
     cos, sin = math.cos(slope), math.sin(slope)
@@ -294,26 +283,46 @@ def _warp(
     points = np.stack(np.meshgrid(xs, ys), axis=-1) - shift  # (rows, columns, xy)
     control = points @ backward.T + generator.uniform(-wander_px, wander_px, size=points.shape)
     # summed in float64: the order of a sum, which depends on BLAS's threads, moves no float32
-    x, y = ((along_y @ control[..., axis] @ along_x).astype(np.float32) for axis in (0, 1))
-    image = cv2.remap(sheet, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
-    return image, bounds(placed), bounds(placed_corners(letters))
+    sources = along_y @ control.transpose(2, 0, 1) @ along_x
+    on_canvas = bounds(placed)
+    first = np.maximum(on_canvas[:, :2].min(axis=0) - _BLUR_PX - 1, 0)
+    last = np.minimum(on_canvas[:, 2:].max(axis=0) + _BLUR_PX + 1, (width, height))
+    every_pixel = _interpolated(sources.transpose(1, 2, 0).astype(np.float32), first, last)
+    part = cv2.remap(sheet, every_pixel, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)  # type: ignore[call-overload]
+    return part, (int(first[1]), int(first[0])), on_canvas, bounds(placed_corners(letters))
+
+
+def _interpolated(coarse: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Return values that are given at the places of `_axis` at every pixel from first to last, as (x, y)."""
+    begin = first // _STEP_PX  # the place before that whose step holds the first pixel
+    end = -(-last // _STEP_PX) + 2
+    coarse = coarse[begin[1] : end[1], begin[0] : end[0]]
+    size = (coarse.shape[1] * _STEP_PX, coarse.shape[0] * _STEP_PX)
+    full = cv2.resize(coarse, size, interpolation=cv2.INTER_LINEAR)
+    left, top = first - (begin - 1) * _STEP_PX
+    right, bottom = last - (begin - 1) * _STEP_PX
+    return full[top:bottom, left:right]
 
 
 @lru_cache(maxsize=8)
 def _spline(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the places of the control points along x and y, and the weights of each pixel."""
+    """Return the places of the control points along x and y, and their weights: x (points, places), y."""
     (xs, along_x), (ys, along_y) = _axis(width), _axis(height)
     return xs, ys, np.ascontiguousarray(along_x.T), along_y
 
 
 def _axis(length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the places of control points in pixels, and the weights (length, points)."""
-    places = np.arange(-1, math.ceil(length / _CELL_PX) + 2) * float(_CELL_PX)
-    far = np.abs(np.arange(length)[:, None] - places) / _CELL_PX
+    """Return the places of control points in pixels, and the weights (places, points).
+
+    Places are the middles of steps of `_STEP_PX` over the length, and one more at either end.
+    """
+    points = np.arange(-2, math.ceil(length / _CELL_PX) + 3) * float(_CELL_PX)
+    places = (np.arange(-1, math.ceil(length / _STEP_PX) + 1) + 0.5) * _STEP_PX - 0.5
+    far = np.abs(places[:, None] - points) / _CELL_PX
     weights = np.where(
         far < 1, 2 / 3 - far**2 + far**3 / 2, np.where(far < 2, (2 - far) ** 3 / 6, 0.0)
     )  # the cubic B-spline
-    return places, weights
+    return points, weights
 
 
 def _ink(image: np.ndarray, *, size_px: int, generator: np.random.Generator) -> np.ndarray:
@@ -322,9 +331,10 @@ def _ink(image: np.ndarray, *, size_px: int, generator: np.random.Generator) -> 
     threshold = generator.uniform(0.08, 0.34)  # low: a broad pen; high: a fine one
     contrast = generator.uniform(1.6, 3.0)
     strongest = generator.uniform(150, 255)
-    blurred = cv2.GaussianBlur(image, (5, 5), blur_px)
+    side = 2 * _BLUR_PX + 1
+    blurred = cv2.GaussianBlur(image, (side, side), blur_px)
     # hairlines of a small face are grey all over: thresholds count from what its strokes reach
-    counts = cv2.calcHist([blurred], [0], None, [256], [0, 256]).ravel() * _LEVELS
-    reached = min(1.0, 1.2 * float(counts @ _LEVELS) / max(1.0, float(counts.sum())))
+    total, squares = (cv2.norm(blurred, kind) for kind in (cv2.NORM_L1, cv2.NORM_L2SQR))
+    reached = min(1.0, 1.2 * squares / 255 / max(255.0, total))  # their mean, weighed by themselves
     levels = np.clip((_LEVELS / reached - threshold) * contrast, 0, 1) * strongest
     return cv2.LUT(blurred, levels.astype(np.uint8))

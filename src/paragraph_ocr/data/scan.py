@@ -23,9 +23,15 @@ MAX_PIXELS = 150_000_000
 _CONTRAST = 30
 """Grey levels between ground and writing, below which a page counts as blank."""
 
-_PAPER_PX = 41
-"""Window in which the brightest is taken for paper, on a copy of `_COARSE_PX`: wider than a stroke."""
-_COARSE_PX = 600
+_COARSE_PX, _BLOCK_PX = 600, 4
+"""Paper is found on a copy this long, of which each block of pixels gives its brightest."""
+_PAPER_BLOCKS, _PAPER_BLUR = 9, 2.5
+"""Window in which the brightest is taken for paper, wider than a stroke, and its blur, in blocks."""
+
+_SPARE = 3
+"""How many times as large as it will be a page is cleaned at most. Strokes are thresholded before they are
+scaled: at 2 the mean pixel of a page of 300 dpi differs by 0.7 of 255 from what the whole scan gives, at 3
+by 0.4."""
 
 _BROKEN = (
     OSError,
@@ -51,6 +57,25 @@ def read_scan(path: Path) -> np.ndarray:
     return ink(read_grey(path, where=str(path)))
 
 
+def read_page(
+    file: Path | bytes | Image.Image, *, where: str, height: int, width: int
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return the image as ink, scaled down to fit a canvas as by `fit`, and its own height and width.
+
+    A much larger image is scaled down first, a JPEG while it is unpacked: cleaning takes no longer for
+    pixels that nobody will see.
+
+    Raises:
+        UserError: see `read_grey`.
+    """
+    grey, own = _read(file, where=where, canvas=(height, width))
+    size = _fitted(own, height, width)
+    spare = (size[0] * _SPARE, size[1] * _SPARE)
+    if spare[0] < grey.shape[0] and spare[1] < grey.shape[1]:
+        grey = _scaled(grey, spare)
+    return _scaled(ink(grey), size), own
+
+
 def read_grey(file: Path | bytes | Image.Image, *, where: str) -> np.ndarray:
     """Return the image as grey, uint8 (H, W).
 
@@ -64,6 +89,17 @@ def read_grey(file: Path | bytes | Image.Image, *, where: str) -> np.ndarray:
     Raises:
         UserError: not an image of FORMATS, broken, or larger than MAX_PIXELS.
     """
+    return _read(file, where=where)[0]
+
+
+def _read(
+    file: Path | bytes | Image.Image, *, where: str, canvas: tuple[int, int] | None = None
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return the image as grey, and its own height and width.
+
+    Args:
+        canvas: what the page will be fitted to; a JPEG may then come smaller than it is.
+    """
     try:
         with (
             warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
@@ -74,7 +110,12 @@ def read_grey(file: Path | bytes | Image.Image, *, where: str) -> np.ndarray:
                     f"{where} claims {image.width}x{image.height} px, and {MAX_PIXELS:,} are the most. "
                     "Scale it down."
                 )
-            return _grey(ImageOps.exif_transpose(image))
+            own = (image.height, image.width)
+            if canvas is not None and image is not file:
+                image.draft("L", _least(own, canvas))
+            upright = ImageOps.exif_transpose(image)
+            turned = upright.size != image.size
+            return _grey(upright), own[::-1] if turned else own
     except Image.DecompressionBombError as error:
         raise UserError(
             f"{where} claims more than {MAX_PIXELS:,} px, which are the most. Scale it down."
@@ -86,6 +127,13 @@ def read_grey(file: Path | bytes | Image.Image, *, where: str) -> np.ndarray:
     except Exception as error:  # decoders raise whatever a broken file leads them to
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{where} cannot be read: {said}. Mend it or take it out.") from error
+
+
+def _least(own: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
+    """Return width and height of which an image has to come to be cleaned, whichever way up it is."""
+    sizes = [_fitted(own, *sides) for sides in (canvas, canvas[::-1])]
+    height, width = (max(sides) * _SPARE for sides in zip(*sizes, strict=True))
+    return width, height
 
 
 def _opened(file: Path | bytes | Image.Image) -> AbstractContextManager[Image.Image]:
@@ -110,28 +158,55 @@ def _grey(image: Image.Image) -> np.ndarray:
 def ink(grey: np.ndarray) -> np.ndarray:
     """Return grey values as ink: polarity found, paper evened out to 0, full strokes at 255."""
     # writing covers less than the ground does, whichever is darker; a blank page has but grain
-    low, middle, high = np.percentile(grey, (1, 50, 99))
+    low, middle, high = _percentiles(grey, 1, 50, 99)
     if high - low > _CONTRAST and middle < (low + high) / 2:
-        grey = 255 - grey
-    scale = min(1.0, _COARSE_PX / max(grey.shape))
-    smaller = (max(1, round(grey.shape[1] * scale)), max(1, round(grey.shape[0] * scale)))
-    coarse = cv2.resize(grey, smaller, interpolation=cv2.INTER_AREA)
-    window = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (_PAPER_PX, _PAPER_PX))
-    paper = cv2.GaussianBlur(cv2.morphologyEx(coarse, cv2.MORPH_CLOSE, window), (0, 0), 10)
-    paper = cv2.resize(paper, grey.shape[::-1], interpolation=cv2.INTER_LINEAR)
-    dark = 1 - grey.astype(np.float32) / np.maximum(paper, 1)
-    strokes = max(float(np.percentile(dark, 99)), 0.15)  # a blank page has none
+        grey = cv2.bitwise_not(grey)
+    paper = cv2.resize(_paper(grey), grey.shape[::-1], interpolation=cv2.INTER_LINEAR)
+    light = cv2.divide(grey, paper, scale=255)  # 255 is as bright as the paper
+    dark = 1 - np.arange(256) / 255  # of each of its values
+    (darkest,) = _percentiles(light, 1)
+    strokes = max(1 - darkest / 255, 0.15)  # a blank page has none
     # grain of the paper and what shows through from the back is fainter than a quarter of a stroke
-    return (np.clip((dark / strokes - 0.25) / 0.6, 0, 1) * 255).astype(np.uint8)
+    levels = np.clip((dark / strokes - 0.25) / 0.6, 0, 1) * 255
+    return cv2.LUT(light, levels.astype(np.uint8))
+
+
+def _paper(grey: np.ndarray) -> np.ndarray:
+    """Return how bright the paper is, at least 1, on a coarse copy of the page."""
+    scale = min(1.0, _COARSE_PX / max(grey.shape))
+    height, width = (max(1, round(side * scale)) for side in grey.shape)
+    coarse = cv2.resize(grey, (width, height), interpolation=cv2.INTER_AREA)
+    block = np.ones((_BLOCK_PX, _BLOCK_PX), np.uint8)
+    brightest = cv2.dilate(coarse, block, anchor=(0, 0))[::_BLOCK_PX, ::_BLOCK_PX]
+    window = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (_PAPER_BLOCKS, _PAPER_BLOCKS))
+    closed = cv2.morphologyEx(np.ascontiguousarray(brightest), cv2.MORPH_CLOSE, window)
+    return np.maximum(cv2.GaussianBlur(closed, (0, 0), _PAPER_BLUR), 1)
+
+
+def _percentiles(values: np.ndarray, *percents: int) -> list[float]:
+    """Return what np.percentile does, of uint8 by counting."""
+    counts = cv2.calcHist([values], [0], None, [256], [0, 256]).ravel()
+    up_to = np.cumsum(counts, dtype=np.int64)
+    ranks = np.array(percents) / 100 * (up_to[-1] - 1)
+    below, above = (np.searchsorted(up_to, whole(ranks), "right") for whole in (np.floor, np.ceil))
+    return (below + (above - below) * (ranks % 1)).tolist()
 
 
 def fit(page: np.ndarray, *, height: int, width: int) -> np.ndarray:
     """Return the page scaled down to fit a canvas in pixels, whole; a smaller page as it is."""
-    scale = min(height / page.shape[0], width / page.shape[1])
-    if scale >= 1:
+    return _scaled(page, _fitted(page.shape, height, width))
+
+
+def _fitted(size: tuple[int, ...], height: int, width: int) -> tuple[int, int]:
+    """Return height and width of a page once it has been scaled down to fit a canvas."""
+    scale = min(1.0, height / size[0], width / size[1])
+    return max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
+
+
+def _scaled(page: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    if page.shape == size:
         return page
-    size = (max(1, int(page.shape[1] * scale)), max(1, int(page.shape[0] * scale)))
-    return cv2.resize(page, size, interpolation=cv2.INTER_AREA)
+    return cv2.resize(page, size[::-1], interpolation=cv2.INTER_AREA)
 
 
 def cut(page: np.ndarray, polygon: Sequence[tuple[int, int]]) -> np.ndarray:

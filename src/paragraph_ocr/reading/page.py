@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from paragraph_ocr.data.scan import fit, ink, read_grey
+from paragraph_ocr.data.scan import read_page
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.reading.transcript import Character, Transcript, split_lines
 from paragraph_ocr.vocabulary import SPECIAL_TOKENS, Vocabulary
@@ -44,11 +44,11 @@ def prepare(image: Picture, canvas: tuple[int, int]) -> Prepared:
     file = Path(image) if isinstance(image, str) else image
     if isinstance(file, np.ndarray):
         file = _from_array(file)
-    grey = read_grey(file, where=source or "the image")
-    page = fit(ink(grey), height=canvas[0], width=canvas[1])
+    height, width = canvas
+    page, own = read_page(file, where=source or "the image", height=height, width=width)
     filled = np.zeros(canvas, np.uint8)
     filled[: page.shape[0], : page.shape[1]] = page
-    return Prepared(filled, page.shape, source, grey.shape)
+    return Prepared(filled, page.shape, source, own)
 
 
 def transcribe(

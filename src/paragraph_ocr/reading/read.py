@@ -130,14 +130,15 @@ class Recognizer:
     ) -> Iterator[Transcript | Refusal]:
         """Yield a reading of each image in order, or a refusal of what cannot be read.
 
-        Images are taken from their iterator, and prepared by a few threads, two batches ahead.
+        Images are taken from their iterator, and prepared by a few threads, two batches ahead of the one
+        that the model reads.
         """
         remaining = iter(images)
         waiting: deque[Future[Prepared | Refusal]] = deque()
         threads = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
         try:
             while True:
-                while len(waiting) < 2 * batch_size:
+                while len(waiting) < 3 * batch_size:
                     try:
                         image = next(remaining)
                     except StopIteration:
