@@ -111,7 +111,8 @@ class Learner(pl.LightningModule):
             seed = np.random.SeedSequence([torch.initial_seed(), rank]).generate_state(1)
             torch.manual_seed(int(seed[0]))
 
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the cost of a training batch, augmented, summed over its tokens, and their number."""
         # in float32, so that mixed precision sees the very pages that full precision does
         with torch.autocast(self.device.type, enabled=False):
             images = self.augment(batch.images, batch.sizes)
@@ -122,9 +123,12 @@ class Learner(pl.LightningModule):
             num_tokens=len(self.vocabulary),
         )
         logits = self._predict(images, inputs, batch.sizes)
-        loss, count = self.recognizer.loss(
+        return self.recognizer.loss(
             logits, batch.tokens[:, 1:], label_smoothing=self.label_smoothing
         )
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        loss, count = self.training_loss(batch)
         total, count = self._over_processes(loss.detach(), count)
         self.log("train/loss", total / count, batch_size=len(batch), prog_bar=True)
         loss = loss * self.trainer.world_size  # the mean of the processes' gradients is their sum
