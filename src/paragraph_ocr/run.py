@@ -90,7 +90,7 @@ def run(
     """
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # of the processes that share this run
     console.console.quiet = quiet or not first
-    _quiet_lightning()
+    quiet_lightning()
     before = None
     if experiment.resume is not None:
         before = find_unfinished(experiment.resume, composed=experiment, overrides=overrides)
@@ -492,7 +492,7 @@ def _together(trainer: pl.Trainer, tracked: TrackedRun | None) -> AbstractContex
     return trainer.strategy.watched(give_up)
 
 
-def _quiet_lightning() -> None:
+def quiet_lightning() -> None:
     """Leave out Lightning's advertisements and what it says of settings that are meant."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
