@@ -44,6 +44,10 @@ def command(subject: str) -> Callable[[Options], None]:
     return run
 
 
-if __name__ == "__main__":
+def main() -> int:
     subjects = {name: (kind, command(name)) for name, kind in SUBJECTS.items()}
-    sys.exit(arguments.run_subject(subjects, about=__doc__ or ""))
+    return arguments.run_subject(subjects, about=__doc__ or "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,12 +18,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from paragraph_ocr import build, build_model, console
+from paragraph_ocr import build, build_model, console, timeline
 from paragraph_ocr.config import Experiment
 from paragraph_ocr.ends import explain_end
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.learning.callbacks import (
     KeepWeights,
+    MarkFirstStep,
     Measure,
     StopWhenDiverged,
     StopWhenRead,
@@ -116,6 +117,7 @@ def run(
             refused = _track(experiment, None, name=name, tags=tags) if tags else None
             with refused.ending() if refused else nullcontext():
                 raise
+        timeline.mark("built")
         _announce(experiment, learner)
         if before:
             folder = before.folder
@@ -230,11 +232,14 @@ class _Job:
             datamodule = build.build_datamodule(experiment, learner.vocabulary, progress=progress)
             datamodule.prepare_data()
         datamodule.setup("fit")
+        timeline.mark("data")
         console.say(repr(datamodule))
         limits = experiment.trainer
         callbacks: list[pl.Callback] = [self.keep, Measure(), TrainingProgress()]
         if watch is not None:
             callbacks.append(watch)
+        if timeline.asked():
+            callbacks.append(MarkFirstStep())
         if limits.overfit_batches and limits.early_stopping.when_read:
             callbacks.append(StopWhenRead())
         files = CheckpointFiles(identity=identity(experiment), best=self.keep.best_path)

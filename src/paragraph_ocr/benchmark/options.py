@@ -13,14 +13,14 @@ class Size:
     width: int
     tokens: int
     num_train: int
-    num_test: int
+    min_characters: int
+    mean_characters: int
     steps: int
     repeats: int
     growth_batches: tuple[int, ...]
     growth_lengths: tuple[int, ...]
     growth_batch: int
     """Where the length or the size of the pages changes."""
-    mean_characters: int
     overrides: tuple[str, ...]
 
 
@@ -32,13 +32,13 @@ SIZES = {
         width=640,
         tokens=682,
         num_train=2560,
-        num_test=232,
+        min_characters=60,
+        mean_characters=380,
         steps=10,
         repeats=10,
         growth_batches=(1, 4, 16, 64),
         growth_lengths=(128, 256, 512, 682),
         growth_batch=16,
-        mean_characters=380,
         overrides=("datamodule=synthetic_paragraphs",),
     ),
     "tiny": Size(
@@ -46,18 +46,17 @@ SIZES = {
         width=128,
         tokens=24,
         num_train=16,
-        num_test=4,
+        min_characters=8,
+        mean_characters=14,
         steps=1,
         repeats=3,
         growth_batches=(1, 2),
         growth_lengths=(12, 24),
         growth_batch=1,
-        mean_characters=14,
         overrides=(
             "datamodule=synthetic_notes",
             "datamodule.min_lines=1",
             "datamodule.max_lines=2",
-            "datamodule.min_characters=8",
             "datamodule.num_workers=0",
             "model.decoder.depth=2",
             "model.decoder.width=32",
@@ -137,4 +136,5 @@ class DataOptions(WorkOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class StartOptions(Options):
+    cold: bool = _option(True, "also once with nothing of the packages in the system's memory")
     override: tuple[str, ...] = _option((), "overrides of train.py, parted by commas")

@@ -20,8 +20,8 @@ from paragraph_ocr.benchmark.reference import (
 )
 from paragraph_ocr.benchmark.setting import Setting, free
 from paragraph_ocr.benchmark.steady import growth_rows, soak_row
-from paragraph_ocr.benchmark.table import Report, Row, judge, rates
-from paragraph_ocr.benchmark.timing import Spread, in_turn, peak_mib
+from paragraph_ocr.benchmark.table import Report, Row, Spread, judge, rates
+from paragraph_ocr.benchmark.timing import in_turn, peak_mib
 from paragraph_ocr.build_model import vocabulary_from
 from paragraph_ocr.config import Experiment
 from paragraph_ocr.data.scan import SUFFIXES
@@ -43,7 +43,9 @@ _HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 def benchmark(options: ReadOptions) -> Report:
     if options.image is not None and options.checkpoint is None:
-        raise UserError("image= is read by a trained model. Pass checkpoint=outputs/runs/<run> too.")
+        raise UserError(
+            "image= is read by a trained model. Pass checkpoint=outputs/runs/<run> too."
+        )
     if options.checkpoint is not None and options.image is None and not options.pages:
         raise UserError("checkpoint= has nothing to read. Pass image=<folder>, or pages=232.")
     setting = Setting(options)
@@ -189,7 +191,6 @@ def pages_of_a_store(setting: Setting[ReadOptions]) -> Row:
     experiment = setting.experiment(
         f"datamodule.num_test={options.pages}",
         "datamodule.num_train=1",
-        "datamodule.num_val=1",
         f"datamodule.batch_size={options.page_batch}",
         **changed,
     )

@@ -1,12 +1,12 @@
 """Whether cost grows as expected, with batch, length and page, and never with time."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from paragraph_ocr import console
 from paragraph_ocr.benchmark.setting import Setting, free
-from paragraph_ocr.benchmark.table import Row
-from paragraph_ocr.benchmark.timing import Spread, Work, in_turn, memory_mib, peak_mib, seconds_of
+from paragraph_ocr.benchmark.table import Row, Spread
+from paragraph_ocr.benchmark.timing import Work, in_turn, memory_mib, peak_mib, seconds_of
 
 WARM_UP = 3
 
@@ -17,6 +17,7 @@ GROWTH = 0.05
 """Share by which the time of a step may differ between the first part of a long run and the last."""
 
 
+@runtime_checkable
 class MakeWork(Protocol):
     """Makes work on a batch of some size; height, width (px) or tokens may be changed."""
 

@@ -12,14 +12,31 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from paragraph_ocr import console
 from paragraph_ocr.benchmark.options import Options
-from paragraph_ocr.benchmark.timing import Spread
 
 JSON_VERSION = 1
 
 TOLERANCE = 0.1
 """Share by which the reference may be slower than its published figure: more, and ratios are void."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A figure measured several times."""
+
+    median: float
+    low: float
+    """Lower quartile."""
+    high: float
+    """Upper quartile."""
+
+    @classmethod
+    def of(cls, figures: Sequence[float]) -> "Spread":
+        low, median, high = np.percentile(figures, [25, 50, 75])
+        return cls(float(median), float(low), float(high))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +70,7 @@ class Row:
         return {**asdict(self), "ratio": self.ratio}
 
 
-def rates(seconds: Sequence[float], amount: float) -> Spread:
+def rates(seconds: Sequence[float], amount: float | int) -> Spread:
     """Return how much a second was done, where each measurement did `amount`."""
     return Spread.of([amount / one for one in seconds])
 

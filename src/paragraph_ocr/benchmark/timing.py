@@ -1,32 +1,14 @@
 """Seconds and memory of work: works take turns, so that what disturbs one disturbs all."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 
 Work = Callable[[], object]
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """A figure measured several times."""
-
-    median: float
-    low: float
-    """Lower quartile."""
-    high: float
-    """Upper quartile."""
-
-    @classmethod
-    def of(cls, figures: Sequence[float]) -> "Spread":
-        low, median, high = np.percentile(figures, [25, 50, 75])
-        return cls(float(median), float(low), float(high))
 
 
 def synchronise(device: torch.device) -> None:

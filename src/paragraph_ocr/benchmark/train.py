@@ -1,13 +1,11 @@
 """How fast it trains: a step against the reference's, and training from a store against the bare step."""
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from itertools import cycle
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
@@ -15,11 +13,12 @@ from torch import Tensor
 from paragraph_ocr import build, console
 from paragraph_ocr.batch import Batch
 from paragraph_ocr.benchmark.options import TrainOptions
+from paragraph_ocr.benchmark.pace import Pace
 from paragraph_ocr.benchmark.reference import PUBLISHED_TRAINING, ReferenceTraining
 from paragraph_ocr.benchmark.setting import Setting, free, placements
 from paragraph_ocr.benchmark.steady import growth_rows, soak_row
-from paragraph_ocr.benchmark.table import Report, Row, judge, rates
-from paragraph_ocr.benchmark.timing import Spread, in_turn, peak_mib, seconds_of, synchronise
+from paragraph_ocr.benchmark.table import Report, Row, Spread, judge, rates
+from paragraph_ocr.benchmark.timing import in_turn, peak_mib, seconds_of
 from paragraph_ocr.config import Experiment
 from paragraph_ocr.data.augment import Augment, Strengths
 from paragraph_ocr.learning.callbacks import Measure, TrainingProgress
@@ -130,46 +129,6 @@ def against_reference(setting: Setting[TrainOptions], size: int) -> Row:
         note=note,
         beside=peaks,
     )
-
-
-class Pace(pl.Callback):
-    """Notes the time of every few training steps, once the device has done them.
-
-    Attributes:
-        rates: images a second of each stretch after the warm-up.
-        overall: images a second from the warm-up to the end, epochs' ends included.
-    """
-
-    def __init__(self, *, warm_up: int, stretch: int) -> None:
-        self.warm_up, self.stretch = warm_up, stretch
-        self.rates: list[float] = []
-        self.overall = float("nan")
-        self._steps = self._images = self._all = 0
-        self._first = self._last = 0.0
-
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        learner: pl.LightningModule,
-        outputs: object,
-        batch: Batch,
-        batch_index: int,
-    ) -> None:
-        self._steps += 1
-        since = self._steps - self.warm_up
-        if since > 0:
-            self._images += len(batch)
-            self._all += len(batch)
-        if since < 0 or since % self.stretch:
-            return
-        synchronise(learner.device)
-        now = time.perf_counter()
-        if since == 0:
-            self._first = now
-        else:
-            self.rates.append(self._images / (now - self._last))
-            self.overall = self._all / (now - self._first)
-        self._images, self._last = 0, now
 
 
 def end_to_end(setting: Setting[TrainOptions], size: int) -> Row:
