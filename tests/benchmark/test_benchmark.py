@@ -217,6 +217,8 @@ def test_the_reference_reads_until_every_row_has_ended():
         (["train", "override=model=base"], "the reference is a ResNet-18"),
         (["data", "passes=1"], "must be 2 or more"),
         (["train", "batch=4"], "Pass batches="),
+        (["train", "batches=16,0"], "batches=0 must be 1 or more"),
+        (["start", "repeats=0"], "Pass repeats=1"),
     ],
 )
 def test_a_mistake_is_one_line(benchmark, monkeypatch, capsys, words, said):

@@ -1,8 +1,10 @@
 """What `scripts/benchmark.py` takes, and the sizes of work; imports nothing heavy."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from paragraph_ocr.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,10 @@ SIZES = {
 }
 
 
-def _option(default, about: str):
+_MAY_BE_NONE = {"seed", "pages", "soak_steps", "num_workers"}
+
+
+def _option(default: Any, about: str) -> Any:
     return field(default=default, metadata={"help": about})
 
 
@@ -80,6 +85,22 @@ class Options:
     tracking: Literal["mlflow", "off"] = _option("mlflow", "mlflow or off")
     repeats: int | None = _option(None, "measurements of each row; null is by size")
     size: Literal["full", "tiny"] = _option("full", "full: 576x640 px, 682 tokens; tiny: seconds")
+
+    def __post_init__(self) -> None:
+        """Check that every number counts something.
+
+        Raises:
+            UserError: one is too small.
+        """
+        for option in fields(self):
+            value = getattr(self, option.name)
+            least = 0 if option.name in _MAY_BE_NONE else 1
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int) and not isinstance(number, bool) and number < least:
+                    raise UserError(
+                        f"{option.name}={number} must be {least} or more. "
+                        f"Pass {option.name}={max(1, least)}."
+                    )
 
     @property
     def sized(self) -> Size:

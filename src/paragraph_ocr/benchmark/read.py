@@ -16,6 +16,7 @@ from paragraph_ocr.benchmark.reference import (
     PUBLISHED_READING,
     Reference,
     copy_weights,
+    published_precision,
     suppress_end,
 )
 from paragraph_ocr.benchmark.setting import Setting, free
@@ -70,7 +71,7 @@ def benchmark(options: ReadOptions) -> Report:
         rows.append(images(setting, Path(options.image)))
     if options.growth or options.soak_steps:
         rows += _steadiness(setting, precision, batches[0])
-    return Report("read", options, setting.environment(precision=precision), rows)
+    return Report("read", options, setting.environment(precision), rows)
 
 
 class Pair:
@@ -96,8 +97,7 @@ class Pair:
         self, batch: Batch, *, precision: str | None = None
     ) -> Int[Tensor, "B L"]:
         """Return the reference's tokens, in fp16 on a GPU as published, or in another precision."""
-        half = "16-mixed" if self.device.type == "cuda" else "32-true"
-        with under(precision or half, self.device):
+        with under(precision or published_precision(self.device), self.device):
             return self.reference.read(
                 batch.images, max_length=self.experiment.datamodule.max_length
             )

@@ -114,12 +114,17 @@ class Reference(nn.Module):
         return written
 
 
+def published_precision(device: torch.device) -> str:
+    """Return the precision that the design was published with, by pl.Trainer's name."""
+    return "16-mixed" if device.type == "cuda" else "32-true"
+
+
 class ReferenceTraining:
     """Training as published: Adam, and fp16 with a gradient scaler on a GPU; float32 on a CPU."""
 
     def __init__(self, model: Reference, device: torch.device) -> None:
         self.model = model.to(device).train()
-        self.device, self.half = device, device.type == "cuda"
+        self.device, self.half = device, published_precision(device) == "16-mixed"
         self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.half)
 

@@ -10,7 +10,7 @@ import torch
 
 from paragraph_ocr.batch import Batch
 from paragraph_ocr.benchmark.options import WorkOptions
-from paragraph_ocr.benchmark.reference import Reference
+from paragraph_ocr.benchmark.reference import Reference, published_precision
 from paragraph_ocr.benchmark.table import environment
 from paragraph_ocr.build_model import build_recognizer, vocabulary_from
 from paragraph_ocr.config import DataConfig, Experiment, TransformerModel
@@ -52,9 +52,12 @@ class Setting(Generic[Given]):
             return torch.cuda.get_device_name(self.device)
         return f"CPU ({torch.get_num_threads()} threads)"
 
-    def environment(self, **more: str) -> dict[str, str]:
-        cuda = {"cuda": str(torch.version.cuda)} if self.on_gpu else {}
-        return environment(self.device_name, **cuda, **more)
+    def environment(self, precision: str | None = None) -> dict[str, str]:
+        """Return device and versions; given our precision, also that and the reference's."""
+        more = {"cuda": str(torch.version.cuda)} if self.on_gpu else {}
+        if precision is not None:
+            more |= {"precision": precision, "reference": published_precision(self.device)}
+        return environment(self.device_name, **more)
 
     def experiment(self, *more: str, **changed: int) -> Experiment:
         """Return what train.py composes of our overrides, these, and last the user's.

@@ -43,7 +43,7 @@ def benchmark(options: TrainOptions) -> Report:
         step = _step(setting, batches[0])
         rows.append(soak_row(step, setting, steps=options.soak_steps, name=f"batch {batches[0]}"))
     precision = build.precision(setting.experiment().trainer)
-    return Report("train", options, setting.environment(precision=precision), rows)
+    return Report("train", options, setting.environment(precision), rows)
 
 
 class Training:
@@ -140,6 +140,7 @@ def end_to_end(setting: Setting[TrainOptions], size: int) -> Row:
     options, device = setting.options, setting.device
     stretch = options.steps or options.sized.steps
     steps = options.fit_steps or 20 * stretch
+    stretch = min(stretch, steps)
     warm_up = max(WARM_UP, steps // 4)
     everywhere = {
         placement: _from_store(setting, size, steps=warm_up + steps, placement=placement)
