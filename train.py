@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from paragraph_ocr import timeline
 from paragraph_ocr.config import register_schema
 from paragraph_ocr.errors import Stopped, UserError
 from paragraph_ocr.targets import guard_hydra
@@ -39,9 +40,11 @@ def train(composed: DictConfig) -> Any:
                 f"trainer.devices={experiment.trainer.devices} does not go with -m. Pass "
                 "trainer.devices=1, or leave out -m."
             )
+        timeline.mark("composed")
         # torch, Lightning and MLflow take seconds to import: not before the config is known to be good
         from paragraph_ocr.run import run
 
+        timeline.mark("imported")
         outcome = run(experiment, overrides=list(HydraConfig.get().overrides.task))
     except UserError as error:
         sys.exit(_refuse(error))  # raised further, Hydra would print the overrides before it

@@ -86,3 +86,22 @@ def test_help_lists_every_option_with_its_default(monkeypatch, capsys):
     assert "What it does." in shown
     for line in ("image=<file or folder>", "split=<value> (default val)", "(default false)"):
         assert line in shown
+
+
+def test_the_first_word_chooses_among_subjects(monkeypatch, capsys):
+    done = []
+
+    def status(*words):
+        monkeypatch.setattr("sys.argv", ["script.py", *words])
+        subjects = {"show": (Options, done.append), "send": (Options, lambda options: 3)}
+        return arguments.run_subject(subjects, about="What it does.")
+
+    assert status("show", "image=x", "limit=2") == 0
+    assert done == [Options("x", limit=2)]
+    assert status("send", "image=x") == 3
+    assert status("shwo", "image=x") == 2
+    assert "Pass show before the options" in capsys.readouterr().err
+    assert status("image=x") == 2
+    assert status() == 2
+    assert status("--help") == 0
+    assert capsys.readouterr().out.count("image=<file or folder>") == 2

@@ -5,7 +5,7 @@ Values are taken as they are after the first `=`, so that a path may hold `=`, c
 
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -25,14 +25,51 @@ def run(kind: type[T], command: Callable[[T], int | None], *, about: str) -> int
         command: takes the options and returns a status, None being 0.
         about: shown by --help, above the list of options.
     """
-    from paragraph_ocr import console
-
     words = sys.argv[1:]
     if _HELP & set(words):
-        console.say(f"{about.strip()}\n\n{described(kind)}")
-        return 0
+        return _help(f"{about.strip()}\n\n{described(kind)}")
+    return _status(lambda: command(parse(kind, words)))
+
+
+def run_subject(
+    subjects: Mapping[str, tuple[type, Callable[[Any], int | None]]], *, about: str
+) -> int:
+    """Return the exit status of a script whose first argument is a word that says what it does.
+
+    Args:
+        subjects: the words, each with its options and its command, as in `run`.
+    """
+    words = sys.argv[1:]
+    if _HELP & set(words):
+        listed = [f"{name}\n{described(kind)}" for name, (kind, _) in subjects.items()]
+        return _help("\n\n".join([about.strip(), *listed]))
+
+    def command() -> int | None:
+        first = words[0] if words else ""
+        if first not in subjects:
+            close = nearest(first, subjects, count=1)
+            raise UserError(
+                f"the first argument {first!r} is not one of {', '.join(subjects)}. "
+                f"Pass {close[0] if close else next(iter(subjects))} before the options."
+            )
+        kind, run_it = subjects[first]
+        return run_it(parse(kind, words[1:]))
+
+    return _status(command)
+
+
+def _help(text: str) -> int:
+    from paragraph_ocr import console
+
+    console.say(text)
+    return 0
+
+
+def _status(command: Callable[[], int | None]) -> int:
+    from paragraph_ocr import console
+
     try:
-        return command(parse(kind, words)) or 0
+        return command() or 0
     except UserError as error:
         console.error(str(error))
         return 2
@@ -144,7 +181,7 @@ def _written(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return ",".join(value) or "none"
+        return ",".join(map(str, value)) or "none"
     return "null" if value is None else str(value)
 
 

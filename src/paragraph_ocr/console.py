@@ -104,6 +104,18 @@ def mark_differences(reading: str, truth: str) -> Text:
     return marked
 
 
+def show_table(
+    columns: Sequence[str], sections: Mapping[str, Sequence[Sequence[str]]], *, title: str
+) -> None:
+    """Print a table whose rows stand below the names of their sections."""
+    table = Table(*columns, title=title, title_justify="left")
+    for name, rows in sections.items():
+        table.add_row(Text(name, style="bold"))
+        for index, row in enumerate(rows):
+            table.add_row(*map(Text, row), end_section=index == len(rows) - 1)
+    console.print(table)
+
+
 def show_outcome(
     *,
     title: str,

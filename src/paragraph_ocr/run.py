@@ -18,12 +18,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from paragraph_ocr import build, build_model, console
+from paragraph_ocr import build, build_model, console, timeline
 from paragraph_ocr.config import Experiment
 from paragraph_ocr.ends import explain_end
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.learning.callbacks import (
     KeepWeights,
+    MarkFirstStep,
     Measure,
     StopWhenDiverged,
     StopWhenRead,
@@ -90,7 +91,7 @@ def run(
     """
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # of the processes that share this run
     console.console.quiet = quiet or not first
-    _quiet_lightning()
+    quiet_lightning()
     before = None
     if experiment.resume is not None:
         before = find_unfinished(experiment.resume, composed=experiment, overrides=overrides)
@@ -116,6 +117,7 @@ def run(
             refused = _track(experiment, None, name=name, tags=tags) if tags else None
             with refused.ending() if refused else nullcontext():
                 raise
+        timeline.mark("built")
         _announce(experiment, learner)
         if before:
             folder = before.folder
@@ -230,11 +232,14 @@ class _Job:
             datamodule = build.build_datamodule(experiment, learner.vocabulary, progress=progress)
             datamodule.prepare_data()
         datamodule.setup("fit")
+        timeline.mark("data")
         console.say(repr(datamodule))
         limits = experiment.trainer
         callbacks: list[pl.Callback] = [self.keep, Measure(), TrainingProgress()]
         if watch is not None:
             callbacks.append(watch)
+        if timeline.asked():
+            callbacks.append(MarkFirstStep())
         if limits.overfit_batches and limits.early_stopping.when_read:
             callbacks.append(StopWhenRead())
         files = CheckpointFiles(identity=identity(experiment), best=self.keep.best_path)
@@ -492,7 +497,7 @@ def _together(trainer: pl.Trainer, tracked: TrackedRun | None) -> AbstractContex
     return trainer.strategy.watched(give_up)
 
 
-def _quiet_lightning() -> None:
+def quiet_lightning() -> None:
     """Leave out Lightning's advertisements and what it says of settings that are meant."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

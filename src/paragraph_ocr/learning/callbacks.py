@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import ProgressBar
 from rich.progress import TaskID
 from safetensors.torch import save_file
 
-from paragraph_ocr import console
+from paragraph_ocr import console, timeline
 from paragraph_ocr.batch import Batch
 from paragraph_ocr.errors import Diverged
 from paragraph_ocr.learning.checkpoint import LOWER_RATE
@@ -173,6 +173,23 @@ class Measure(pl.Callback):
             measured["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         for logger in trainer.loggers:
             logger.log_metrics(measured, step=trainer.global_step)
+
+
+class MarkFirstStep(pl.Callback):
+    """Note in the timeline when the first training step is done, also by a GPU."""
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        learner: pl.LightningModule,
+        outputs: object,
+        batch: Batch,
+        batch_index: int,
+    ) -> None:
+        if trainer.global_step == 1:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            timeline.mark("first step")
 
 
 class TrainingProgress(ProgressBar):

@@ -81,7 +81,7 @@ class Learner(pl.LightningModule):
         self.errors = nn.ModuleDict({stage: ReadingErrors() for stage in stages})
         self.losses = nn.ModuleDict({stage: TokenLoss() for stage in stages})
         self.samples: list[Sample] = []
-        self._optimizer, self._schedule = optimizer, schedule
+        self.optimizer, self._schedule = optimizer, schedule
         # a plain attribute: the compiled module must not add its weights a second time
         self._predict: Callable[..., Tensor] = (
             torch.compile(recognizer.forward) if compile else recognizer.forward
@@ -108,9 +108,9 @@ class Learner(pl.LightningModule):
         return kept
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        schedule = self._schedule(self._optimizer, int(self.trainer.estimated_stepping_batches))
+        schedule = self._schedule(self.optimizer, int(self.trainer.estimated_stepping_batches))
         return {
-            "optimizer": self._optimizer,
+            "optimizer": self.optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
@@ -121,8 +121,12 @@ class Learner(pl.LightningModule):
             seed = np.random.SeedSequence([torch.initial_seed(), rank]).generate_state(1)
             torch.manual_seed(int(seed[0]))
 
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the cost of a training batch, augmented, summed over its tokens, and their number."""
+        return self._training_loss(batch.images, batch.tokens, batch.sizes)
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        loss, count = self._training_loss(batch.images, batch.tokens, batch.sizes)
+        loss, count = self.training_loss(batch)
         total, count = self._over_processes(loss.detach(), count)
         self.log("train/loss", total / count, batch_size=len(batch), prog_bar=True)
         loss = loss * self.trainer.world_size  # the mean of the processes' gradients is their sum

@@ -163,7 +163,7 @@ class Recognizer:
             Prepared(page[0].cpu().numpy(), (height, width), "", (height, width))
             for page, (height, width) in zip(pages, covered, strict=True)
         ]
-        return self._transcripts(self._readings(pages, sizes), prepared)
+        return self._transcripts(self.readings(pages, sizes), prepared)
 
     def _page_or_refusal(self, image: Picture) -> Prepared | Refusal:
         try:
@@ -177,9 +177,12 @@ class Recognizer:
         canvases = torch.from_numpy(np.stack([page.canvas for page in pages]))[:, None]
         filled = all(page.size == self.canvas for page in pages)
         sizes = None if filled else torch.tensor([page.size for page in pages])
-        return self._transcripts(self._readings(canvases, sizes), pages)
+        return self._transcripts(self.readings(canvases, sizes), pages)
 
-    def _readings(self, pages: Tensor, sizes: Tensor | None) -> list[Reading]:
+    def readings(
+        self, pages: UInt8[Tensor, "B 1 H W"], sizes: Int[Tensor, "B 2"] | None = None
+    ) -> list[Reading]:
+        """Return what the model alone makes of pages that are on their canvas: tokens, no text."""
         with torch.inference_mode():
             return self.model.read(
                 pages.to(self.device),
