@@ -1,6 +1,8 @@
+import json
 import sqlite3
 
 import pytest
+import torch
 import yaml
 
 from paragraph_ocr.config import Experiment
@@ -95,6 +97,35 @@ def test_every_debug_overlay_runs(run_experiment, name):
     assert (outcome.folder / "last.safetensors").exists()
     traces = list(outcome.folder.glob("*.trace.json"))
     assert bool(traces) == (name == "profile")
+
+
+@pytest.mark.parametrize(("max_steps", "recorded"), [(1, 0), (2, 1), (4, 3), (12, 3)])
+def test_a_trace_holds_the_operations_of_three_steps(run_experiment, capsys, max_steps, recorded):
+    outcome = run_experiment(
+        "model=tiny", "datamodule=fake", "debug=profile", "tracking=off", "trainer=cpu",
+        f"trainer.max_steps={max_steps}",
+    )  # fmt: skip
+    traces = list(outcome.folder.glob("*.trace.json"))
+    assert len(traces) == 1
+    assert traces[0].stat().st_size < 50_000_000
+    said = " ".join(capsys.readouterr().out.split())
+    assert str(traces[0]) in said and "ui.perfetto.dev" in said
+    events = json.loads(traces[0].read_text())["traceEvents"]
+    names = [event.get("name", "") for event in events]
+    steps = [name for name in {*names} if name.startswith("ProfilerStep#")]
+    assert names.count("run_training_batch") == recorded
+    if recorded:
+        assert len(steps) >= recorded
+        for operation in (
+            "aten::convolution",
+            "aten::addmm",
+            "aten::layer_norm",
+            "aten::embedding",
+        ):
+            assert sum(operation in name for name in names) >= recorded, operation
+        assert any("optimizer_step" in name for name in names)
+    assert "aten::" in (outcome.folder / "profile.txt").read_text() or not recorded
+    assert not torch.autograd._profiler_enabled()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import UInt8
 from pytorch_lightning.callbacks import Callback, EarlyStopping
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
+from pytorch_lightning.profilers import AdvancedProfiler, Profiler, SimpleProfiler
 from torch import Tensor
 
 from paragraph_ocr.batch import Batch
@@ -51,6 +51,7 @@ from paragraph_ocr.learning.processes import (
     norms_that_differ,
 )
 from paragraph_ocr.model.reader import Reader
+from paragraph_ocr.profiling import StepTrace
 from paragraph_ocr.vocabulary import Vocabulary, found_characters
 
 EPOCHS = 20
@@ -121,7 +122,7 @@ def build_learner(experiment: Experiment, recognizer: Reader, vocabulary: Vocabu
     optimizer = build_optimizer(
         recognizer,
         weight_decay=regularization.weight_decay,
-        # Lightning cannot clip what a fused step would unscale
+        # a fused step would unscale what has been clipped already
         fused=_uses_gpus(trainer) and not _scales_loss(trainer),
         **asdict(experiment.optimizer),
     )
@@ -319,7 +320,7 @@ def build_trainer(
             plugins=[*plugins, *([SynchronisedBatchNorm()] if on_gpus else [])],
             precision=precision(config),  # type: ignore[arg-type]
             benchmark=_uses_gpus(config) and not config.deterministic,
-            profiler=_profiler(config.profiler, folder),
+            profiler=_profiler(config, folder),
             gradient_clip_val=experiment.regularization.gradient_clip or None,
             logger=logger or False,
             callbacks=callbacks,
@@ -335,8 +336,12 @@ def build_trainer(
         ) from error
 
 
-def _profiler(name: str | None, folder: Path) -> Profiler | None:
-    if name is None:
-        return None
-    kinds = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
-    return kinds[name](dirpath=folder, filename="profile")
+def _profiler(trainer: TrainerConfig, folder: Path) -> Profiler | None:
+    match trainer.profiler:
+        case "pytorch":
+            return StepTrace(folder, max_steps=trainer.max_steps)
+        case "simple":
+            return SimpleProfiler(dirpath=folder, filename="profile")
+        case "advanced":
+            return AdvancedProfiler(dirpath=folder, filename="profile")
+    return None

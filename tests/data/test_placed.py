@@ -81,10 +81,11 @@ def test_batches_from_memory_are_those_from_the_disk(make, placement, changes):
 def test_a_batch_of_one_canvas_is_as_large_as_that_and_a_mixed_one_as_the_largest(make):
     dataset = make("disk")._datasets["train"]
     assert isinstance(dataset, ParagraphDataset)
-    memory = PlacedDataset(dataset, device=CPU)
-    for positions in ([1], [3, 7], [0, 2, 4], [1, 3], [0, 1, 2, 3], [25, 27, 26 + 8]):
-        expected = collate([dataset[position] for position in positions])
-        assert_same(memory[positions], expected)
+    for device in (None, CPU):
+        memory = PlacedDataset(dataset, device=device)
+        for positions in ([1], [3, 7], [0, 2, 4], [1, 3], [0, 1, 2, 3], [25, 27, 26 + 8]):
+            expected = collate([dataset[position] for position in positions])
+            assert_same(memory[positions], expected)
 
 
 def test_pages_are_read_once(make, monkeypatch):

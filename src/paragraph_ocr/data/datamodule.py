@@ -346,7 +346,7 @@ class ParagraphDataModule(pl.LightningDataModule):
         """
         if not self._placed:
             on_host = self.placement == "host"
-            device = torch.device("cpu") if on_host else self._device
+            device = None if on_host else self._device
             processes = self.trainer.world_size if self.trainer else 1
             # overfitting has one for all splits
             distinct = {

@@ -123,11 +123,10 @@ def collate(items: Sequence[Item], *, padding: LabelPadding = TO_LONGEST) -> Bat
     length = padding.length(max(len(item.tokens) for item in items))
     images = torch.zeros(len(items), 1, height, width, dtype=torch.uint8)
     tokens = torch.full((len(items), length), Vocabulary.pad)
+    pages, labels = images.numpy(), tokens.numpy()  # torch would start its threads for each row
     for index, item in enumerate(items):
-        images[index, 0, : item.image.shape[0], : item.image.shape[1]] = torch.from_numpy(
-            item.image
-        )
-        tokens[index, : len(item.tokens)] = torch.tensor(item.tokens)
+        pages[index, 0, : item.image.shape[0], : item.image.shape[1]] = item.image
+        labels[index, : len(item.tokens)] = item.tokens
     sizes = torch.tensor([item.size for item in items])
     filled = bool((sizes == torch.tensor([height, width])).all())
     rows = torch.tensor([item.row for item in items])

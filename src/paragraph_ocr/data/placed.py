@@ -36,6 +36,7 @@ class PlacedDataset(Dataset[Batch]):
     Made by reading every item once. Takes positions as the dataset does, a batch of them at a time.
 
     Args:
+        device: None is this host's memory.
         pinned: a batch on the host lies in page-locked memory, from which a GPU fetches it by itself.
     """
 
@@ -43,11 +44,12 @@ class PlacedDataset(Dataset[Batch]):
         self,
         dataset: ParagraphDataset | HeldDataset,
         *,
-        device: torch.device,
+        device: torch.device | None,
         pinned: bool = False,
         padding: LabelPadding = TO_LONGEST,
     ) -> None:
-        self.device, self._pinned, self._padding = device, pinned, padding
+        self._on_host, self._pinned, self._padding = device is None, pinned, padding
+        self.device = device = device or torch.device("cpu")
         self._canvases = sorted({dataset.store.canvas(row) for row in dataset.rows})
         canvas_of = [self._canvases.index(dataset.store.canvas(row)) for row in dataset.rows]
         self._canvas_of = np.array(canvas_of)
@@ -105,13 +107,24 @@ class PlacedDataset(Dataset[Batch]):
         images = make(shape, dtype=torch.uint8, device=self.device, pin_memory=self._pinned)
         for canvas in used:
             chosen = np.flatnonzero(self._canvas_of[items] == canvas)
-            places = self._there(self._place[items[chosen]])
             if len(used) == 1:
-                torch.index_select(self._pages[canvas], 0, places, out=images[:, 0])
+                self._gather(canvas, items, images[:, 0])
             else:
-                pages = self._pages[canvas].index_select(0, places)
-                images[self._there(chosen), 0, : pages.shape[1], : pages.shape[2]] = pages
+                height, width = self._canvases[canvas]
+                pages = images.new_empty(len(chosen), height, width)
+                self._gather(canvas, items[chosen], pages)
+                images[self._there(chosen), 0, :height, :width] = pages
         return images
+
+    def _gather(self, canvas: int, items: np.ndarray, into: Tensor) -> None:
+        """Copy the pages of items on one canvas."""
+        places, pages = self._place[items], self._pages[canvas]
+        if (
+            self._on_host
+        ):  # on a busy host torch's threads wait for one another longer than they copy
+            np.take(pages.numpy(), places, axis=0, out=into.numpy(), mode="clip")
+        else:
+            torch.index_select(pages, 0, self._there(places), out=into)
 
     def _there(self, index: np.ndarray) -> Tensor:
         """Return an index on the device, without waiting for what the device is doing."""
@@ -124,13 +137,14 @@ class PlacedDataset(Dataset[Batch]):
 def require_room(
     datasets: Iterable[ParagraphDataset | HeldDataset],
     *,
-    device: torch.device,
+    device: torch.device | None,
     placement: str,
     processes: int = 1,
 ) -> None:
     """Check that unpacked pages fit into a device's free memory, with room left for the training.
 
     Args:
+        device: None is this host's memory.
         placement: what the user chose, to name it.
         processes: how many of this host will each hold all the pages.
 
@@ -138,7 +152,7 @@ def require_room(
         UserError: they do not.
     """
     pages = sum(prod(dataset.store.canvas(row)) for dataset in datasets for row in dataset.rows)
-    if device.type == "cuda":
+    if device is not None and device.type == "cuda":
         room, place, instead = torch.cuda.mem_get_info(device)[0] * _CARD_SHARE, str(device), "host"
     else:
         room, place, instead = free_bytes() * _HOST_SHARE / processes, "this host", "disk"

@@ -167,6 +167,16 @@ class Learner(pl.LightningModule):
                 self.zero_grad(set_to_none=True)  # without gradients the step changes nothing
                 self.on_not_finite(self.trainer.global_step)
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm of all gradients; Lightning would refuse a fused optimizer."""
+        if gradient_clip_val:
+            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         super().optimizer_step(*arguments, **named)
         if self.average is not None:

@@ -45,6 +45,7 @@ class Recognizer:
     Attributes:
         canvas: height and width in pixels that pages are fitted to.
         max_length: tokens that a reading may have, start and end included.
+        precision: what is computed in: bfloat16 on a GPU that has it, else float32.
     """
 
     def __init__(
@@ -61,6 +62,9 @@ class Recognizer:
         self.decoding: Greedy | Beam = build_decoding(experiment)
         self.max_length = experiment.datamodule.max_length
         self.canvas = (experiment.datamodule.height, experiment.datamodule.width)
+        on_gpu = self.device.type == "cuda"
+        half = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.precision = torch.bfloat16 if half else torch.float32
 
     @classmethod
     def load(
@@ -183,7 +187,11 @@ class Recognizer:
         self, pages: UInt8[Tensor, "B 1 H W"], sizes: Int[Tensor, "B 2"] | None = None
     ) -> list[Reading]:
         """Return what the model alone makes of pages that are on their canvas: tokens, no text."""
-        with torch.inference_mode():
+        half = self.precision is not torch.float32
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, self.precision if half else None, enabled=half),
+        ):
             return self.model.read(
                 pages.to(self.device),
                 None if sizes is None else sizes.to(self.device),
