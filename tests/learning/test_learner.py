@@ -5,7 +5,7 @@ from paragraph_ocr.learning.learner import add_token_noise
 from paragraph_ocr.validation import compose, validate
 
 
-def first_step(accumulate, batch_size, tmp_path):
+def first_step(accumulate, batch_size, tmp_path, *more):
     """Return by how much the optimizer's first step moves each weight, on the same 4 paragraphs."""
     import pytorch_lightning as pl
 
@@ -26,6 +26,7 @@ def first_step(accumulate, batch_size, tmp_path):
         "trainer.overfit_batches=1.0",
         "trainer.accelerator=cpu",
         f"outputs={tmp_path}",
+        *more,
     ]
     experiment = validate(compose(overrides))
     pl.seed_everything(0, verbose=False)
@@ -46,6 +47,19 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     assert len(moved) > 20
     for name, change in whole.items():
         torch.testing.assert_close(change, parts[name], atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_gradients_are_clipped_to_their_norm_for_a_fused_optimizer_too(tmp_path):
+    """Lightning refuses to clip for one in mixed precision."""
+    plain = "optimizer.extra.momentum=0", "optimizer.extra.nesterov=false", "optimizer.lr=1"
+    fused = "+optimizer.extra.fused=true", "trainer.precision=bf16-mixed"
+
+    def length(*more):
+        moved = first_step(1, 4, tmp_path, *plain, *fused, *more)
+        return torch.stack([change.float().norm() for change in moved.values()]).norm()
+
+    assert length() > 0.1
+    assert length("regularization.gradient_clip=0.01") == pytest.approx(0.01, rel=1e-2)
 
 
 def test_token_noise_changes_a_share_of_the_characters_and_no_special_token():

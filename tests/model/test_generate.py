@@ -123,6 +123,22 @@ def all_texts(decoder, memory):
             yield list(text), float(sum(logs[i, token] for i, token in enumerate(written)))
 
 
+def test_a_beam_gives_what_else_it_found_the_likelier_first(make_recognizer, pages):
+    recognizer = make_recognizer(seed=3)
+    recognizer.decoder.bias.data[SPECIAL.end] = 1.0
+    for reading in recognizer.read(pages, decoding=Beam(width=4), max_length=12):
+        found = [reading, *reading.others]
+        texts = [tuple(one.tokens) for one in found]
+        assert len(set(texts)) == len(texts) >= 4
+        totals = [one.log_probability for one in found]
+        assert totals == sorted(totals, reverse=True)
+        for one in found:
+            logs = sum(torch.tensor(one.confidences).log())
+            ended = len(one.tokens) < 11
+            assert float(logs) >= one.log_probability - 1e-4
+            assert ended or float(logs) == pytest.approx(one.log_probability, abs=1e-4)
+
+
 def test_a_wider_beam_finds_likelier_texts(make_recognizer, pages):
     recognizer = make_recognizer(seed=3)
     greedy = recognizer.read(pages, decoding=Greedy(), max_length=20)

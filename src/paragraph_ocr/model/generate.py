@@ -4,7 +4,7 @@ import importlib.util
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,8 @@ class Reading:
     """Probability of each token given those before it."""
     log_probability: float
     """Of the whole, the end included where it was reached."""
+    others: tuple["Reading", ...] = ()
+    """What else a beam has found, the likelier first; theirs are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,4 +232,10 @@ def _beam(
         for history in histories:  # cut off by max_length
             if history is not None:
                 finish(page, *history)
-    return [max(found, key=lambda pair: pair[0])[1] for found in finished]
+    return [_best(found) for found in finished]
+
+
+def _best(found: list[tuple[float, Reading]]) -> Reading:
+    """Return the reading of the highest total, with the others beside it."""
+    best, *others = [reading for _, reading in sorted(found, key=lambda pair: -pair[0])]
+    return replace(best, others=tuple(others))
