@@ -23,10 +23,11 @@ def explain_end(error: Exception, experiment: Experiment, folder: Path) -> Excep
         isinstance(error, MemoryError | RuntimeError) and _wants_memory(first)
     ):
         half = max(1, data.batch_size // 2)
+        said = ". ".join(first.split(". ")[:2])  # a GPU's allocator goes on with its whole state
         return Stopped(
-            f"Out of memory in a batch of {data.batch_size} ({first}). Pass datamodule.batch_size={half} "
-            f"trainer.accumulate_grad_batches={2 * experiment.trainer.accumulate_grad_batches}, which "
-            "learns the same."
+            f"Out of memory in a batch of {data.batch_size} ({said}). If nothing else held the memory, "
+            f"begin anew with datamodule.batch_size={half} trainer.accumulate_grad_batches="
+            f"{2 * experiment.trainer.accumulate_grad_batches}, which learns the same."
         )
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         return Stopped(
