@@ -197,7 +197,7 @@ def test_images_are_taken_two_batches_ahead_and_no_more(recognizer, images):
 
 def test_the_next_two_batches_are_prepared_while_the_model_reads(recognizer, images, monkeypatch):
     prepared, seen = [], 0
-    prepare, readings = read.prepare, recognizer._readings
+    prepare, readings = read.prepare, recognizer.readings
 
     def counted(image, canvas):
         page = prepare(image, canvas)
@@ -215,7 +215,7 @@ def test_the_next_two_batches_are_prepared_while_the_model_reads(recognizer, ima
         raise AssertionError(f"{len(prepared)} prepared, and {ready} could be")
 
     monkeypatch.setattr(read, "prepare", counted)
-    monkeypatch.setattr(recognizer, "_readings", slow)
+    monkeypatch.setattr(recognizer, "readings", slow)
     assert len([*recognizer.read_all(scans(images), batch_size=2)]) == 12
 
 

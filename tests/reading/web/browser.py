@@ -17,6 +17,8 @@ KEPT = ROOT / ".nox" / "browser"
 PACKAGE = "@sparticuz/chromium@147.0.0"
 NAMES = ("google-chrome", "google-chrome-stable", "chromium", "chromium-browser")
 
+_FONTS = "<fontconfig><dir>{0}</dir><cachedir>{0}/cache</cachedir></fontconfig>\n"
+
 _UNPACK = "import c from '@sparticuz/chromium'; await c.executablePath()"
 
 
@@ -32,6 +34,8 @@ def environment(browser: Path) -> dict[str, str]:
     """Return the variables that a browser runs with: the packaged one brings libraries and fonts."""
     if not browser.is_relative_to(KEPT):
         return dict(os.environ)
+    # the package looks for its fonts where it thinks to be unpacked, and a Chromium without any dies
+    (KEPT / "fonts" / "fonts.conf").write_text(_FONTS.format(KEPT / "fonts"))
     return {
         **os.environ,
         "LD_LIBRARY_PATH": str(KEPT / "al2023" / "lib"),
