@@ -1,5 +1,8 @@
 """Reading by Triton kernels, on a GPU if there is one, else in Triton's interpreter."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -126,3 +129,14 @@ def test_in_bfloat16_the_sums_stay_near_those_of_float32():
     with torch.autocast("cuda", torch.bfloat16):
         rounded = gpu_steps.read_greedily(decoder, memory, None, **arguments)[1]
     assert torch.allclose(exact, rounded, atol=0.05)
+
+
+@torch.no_grad()
+def test_a_decoder_that_is_gone_takes_its_recordings_with_it():
+    decoder = make_decoder(norm="pre", tied=True, max_length=3)
+    memory = torch.randn(1, 3, decoder.width, device=DEVICE)
+    gpu_steps.read_greedily(decoder, memory, None, start=1, end=2, pad=3, max_length=3)
+    recorded = weakref.ref(next(iter(gpu_steps._recorded[decoder].values())))
+    del decoder
+    gc.collect()
+    assert recorded() is None

@@ -5,6 +5,7 @@ recorded for a number of rows and memory cells, kept, and replayed for each read
 """
 
 import math
+import operator
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple, cast
@@ -25,10 +26,10 @@ FUSED_ROWS = 32
 _LARGEST_TILE = 2**14
 """Weights of a head's projection that a program holds in its registers beside three others."""
 
-AHEAD = True
-ATTENTION = {"BLOCK": 512, "num_warps": 8}
-ATTEND = {"BLOCK": 128, "num_warps": 2}
-FEED_FORWARD = {"num_warps": 4}
+_ATTENTION = {"BLOCK": 512, "num_warps": 8}
+_ATTEND = {"BLOCK": 128, "num_warps": 2}
+_FEED_FORWARD = {"num_warps": 4}
+"""Cells looked at together and warps of a program, the fastest of some tried on an H100."""
 
 _STEPS_A_GRAPH = 16
 """Steps recorded as one graph: after each, the ended rows are looked at."""
@@ -108,7 +109,7 @@ class Steps:
         hopper = (
             size.device.type == "cuda" and torch.cuda.get_device_capability(size.device)[0] >= 9
         )
-        ahead = self._fused and hopper and AHEAD
+        ahead = self._fused and hopper
         self._ahead = {"AHEAD": True, "launch_pdl": True} if ahead else {"AHEAD": False}
         self._splits = math.ceil(hidden / _SPLIT) if self._fused else 1
         self._weights = _Weights(decoder, size)
@@ -141,7 +142,7 @@ class Steps:
     ) -> tuple[Tensor, Tensor]:
         """Return tokens and scores of each row, as `read_greedily`."""
         rows = len(memory)
-        self._weights.renew()
+        self._weights.renew(decoder)
         for layer, cross in zip(decoder.layers, self._crosses, strict=True):
             layer = cast(Layer, layer)
             cross[:, :rows] = layer.cross_attention.keys_values(memory)
@@ -245,7 +246,7 @@ class Steps:
             weights.out_weight, stream.next_parts, head**-0.5,
             **self._widths(stream), HEADS=self._heads, HEAD=head, BLOCK_HEAD=_power(head),
             CELLS=cache.shape[3], SELF=own, MASKED=self.size.masked and not own, PRE=self._pre,
-            EPS=self._norms_eps, **ATTENTION, **self._ahead,
+            EPS=self._norms_eps, **_ATTENTION, **self._ahead,
         )  # fmt: skip
         stream.advance(self._heads, weights.out_bias, norm)
 
@@ -256,7 +257,7 @@ class Steps:
             stream.next_parts,
             **self._widths(stream), HIDDEN=self._hidden,
             BLOCK_HIDDEN=min(_SPLIT, _power(self._hidden)), PRE=self._pre, EPS=self._norms_eps,
-            **FEED_FORWARD, **self._ahead,
+            **_FEED_FORWARD, **self._ahead,
         )  # fmt: skip
         stream.advance(self._splits, layer.contract_bias, norm)
 
@@ -271,7 +272,7 @@ class Steps:
             head**-0.5,
             WIDTH=self._width, HEADS=self._heads, HEAD=head, BLOCK_HEAD=_power(head),
             CELLS=cache.shape[3], SELF=own, MASKED=self.size.masked and not own,
-            **ATTEND,
+            **_ATTEND,
         )  # fmt: skip
         stream.replace(F.linear(gathered, weights.out_weight), weights.out_bias, norm)
 
@@ -341,60 +342,67 @@ class LayerWeights(NamedTuple):
 
 
 class _Weights:
-    """A copy of the decoder's weights as the kernels want them, in tensors that stay where they are."""
+    """A copy of a decoder's weights as the kernels want them, in tensors that stay where they are.
+
+    The decoder itself is not kept: it could not be forgotten then.
+    """
 
     def __init__(self, decoder: Decoder, size: Size) -> None:
-        self._copies: list[tuple[Tensor, Callable[[], Tensor]]] = []
         self._size = size
-        self.layers = [self._layer(cast(Layer, layer)) for layer in decoder.layers]
-        norm = decoder.norm
-        self.norm = self._norm(norm) if isinstance(norm, nn.LayerNorm) else None
-        self.embedding = self._matrix(lambda: decoder.embedding.weight)
+        self._copies: list[tuple[Tensor, Callable[[Decoder], Tensor]]] = []
+        norm, read_out = decoder.norm, decoder.read_out
+        self.layers = [self._layer(decoder, index) for index in range(len(decoder.layers))]
+        self.norm = self._norm(decoder, "norm") if isinstance(norm, nn.LayerNorm) else None
+        self.embedding = self._matrix(decoder, "embedding.weight")
         self.read_out = (
-            self.embedding
-            if decoder.read_out is None
-            else self._matrix(lambda: cast(nn.Linear, decoder.read_out).weight)
+            self.embedding if read_out is None else self._matrix(decoder, "read_out.weight")
         )
-        self.bias = self._vector(lambda: decoder.bias)
-        self.codes = self._vector(lambda: cast(Tensor, decoder.positions))
+        self.bias = self._vector(decoder, "bias")
+        self.codes = self._vector(decoder, "positions")
 
-    def renew(self) -> None:
+    def renew(self, decoder: Decoder) -> None:
         """Copy the weights again: a learner may have changed them."""
-        torch._foreach_copy_([copy for copy, _ in self._copies], [now() for _, now in self._copies])
-
-    def _matrix(self, now: Callable[[], Tensor], dtype: torch.dtype | None = None) -> Tensor:
-        copy = (
-            now().detach().to(self._size.device, dtype or self._size.dtype, copy=True).contiguous()
+        torch._foreach_copy_(
+            [copy for copy, _ in self._copies], [now(decoder) for _, now in self._copies]
         )
-        self._copies.append((copy, now))
-        return copy
 
-    def _vector(self, now: Callable[[], Tensor]) -> Tensor:
-        return self._matrix(now, torch.float32)
+    def _matrix(self, decoder: Decoder, *names: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the copy of a tensor, or of several one under the other."""
 
-    def _norm(self, norm: nn.LayerNorm) -> Norm:
-        return Norm(self._vector(lambda: norm.weight), self._vector(lambda: norm.bias))
+        def now(decoder: Decoder) -> Tensor:
+            found = [operator.attrgetter(name)(decoder).detach() for name in names]
+            return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _layer(self, layer: Layer) -> LayerWeights:
-        own, cross = layer.self_attention, layer.cross_attention
+        copy = now(decoder).to(self._size.device, dtype or self._size.dtype, copy=True)
+        self._copies.append((copy.contiguous(), now))
+        return self._copies[-1][0]
+
+    def _vector(self, decoder: Decoder, *names: str) -> Tensor:
+        return self._matrix(decoder, *names, dtype=torch.float32)
+
+    def _norm(self, decoder: Decoder, name: str) -> Norm:
+        return Norm(self._vector(decoder, f"{name}.weight"), self._vector(decoder, f"{name}.bias"))
+
+    def _layer(self, decoder: Decoder, index: int) -> LayerWeights:
+        layer = f"layers.{index}."
+        own, cross = (f"{layer}{name}_attention." for name in ("self", "cross"))
+
+        def projections(part: str, *inputs: str) -> Projections:
+            return Projections(
+                self._matrix(decoder, *(f"{part}{name}.weight" for name in inputs)),
+                self._vector(decoder, *(f"{part}{name}.bias" for name in inputs)),
+                self._matrix(decoder, f"{part}out.weight"),
+                self._vector(decoder, f"{part}out.bias"),
+            )
+
         return LayerWeights(
-            norms=[self._norm(cast(nn.LayerNorm, norm)) for norm in layer.norms],
-            own=Projections(
-                self._matrix(lambda: torch.cat([own.query.weight, own.key_value.weight])),
-                self._vector(lambda: torch.cat([own.query.bias, own.key_value.bias])),
-                self._matrix(lambda: own.out.weight),
-                self._vector(lambda: own.out.bias),
-            ),
-            cross=Projections(
-                self._matrix(lambda: cross.query.weight),
-                self._vector(lambda: cross.query.bias),
-                self._matrix(lambda: cross.out.weight),
-                self._vector(lambda: cross.out.bias),
-            ),
-            expand_weight=self._matrix(lambda: layer.expand.weight),
-            expand_bias=self._vector(lambda: layer.expand.bias),
-            contract_weight=self._matrix(lambda: layer.contract.weight),
-            contract_bias=self._vector(lambda: layer.contract.bias),
+            norms=[self._norm(decoder, f"{layer}norms.{block}") for block in range(3)],
+            own=projections(own, "query", "key_value"),
+            cross=projections(cross, "query"),
+            expand_weight=self._matrix(decoder, f"{layer}expand.weight"),
+            expand_bias=self._vector(decoder, f"{layer}expand.bias"),
+            contract_weight=self._matrix(decoder, f"{layer}contract.weight"),
+            contract_bias=self._vector(decoder, f"{layer}contract.bias"),
         )
 
 
