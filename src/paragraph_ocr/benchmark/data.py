@@ -14,10 +14,11 @@ from paragraph_ocr.batch import Batch
 from paragraph_ocr.benchmark.options import DataOptions
 from paragraph_ocr.benchmark.pace import Pace
 from paragraph_ocr.benchmark.setting import Setting, placements
-from paragraph_ocr.benchmark.table import Report, Row, Spread, rates
+from paragraph_ocr.benchmark.table import Report, Row, Spread, announced, rates
 from paragraph_ocr.benchmark.timing import in_turn
 from paragraph_ocr.config import Experiment
 from paragraph_ocr.data.augment import Augment
+from paragraph_ocr.data.datamodule import ParagraphDataModule
 from paragraph_ocr.data.generated import GeneratedCorpus
 from paragraph_ocr.data.store import Store, pack
 from paragraph_ocr.errors import UserError
@@ -37,18 +38,22 @@ def benchmark(options: DataOptions) -> Report:
     with console.progress("prepare", apart=True) as told:
         datamodule = build.build_datamodule(experiment, vocabulary, progress=told)
         datamodule.prepare_data()
-    rows = []
+    rows = announced(_rows(setting, datamodule))
+    return Report("data", options, setting.environment(), rows)
+
+
+def _rows(setting: Setting[DataOptions], datamodule: ParagraphDataModule) -> Iterator[Row]:
+    options = setting.options
     for placement in placements() or ("disk",):
         if placement == "gpu" and not setting.on_gpu:
             continue
         # pages that lie on the GPU are not brought by any worker
         for workers in (0,) if placement == "gpu" else options.num_workers:
-            rows.append(loaded(setting, placement, workers))
+            yield loaded(setting, placement, workers)
     store = Store(datamodule.corpus.prepare(datamodule.root, num_workers=0))
-    rows.append(random_reads(setting, store))
+    yield random_reads(setting, store)
     if isinstance(datamodule.corpus, GeneratedCorpus):
-        rows += rendered(setting, datamodule.corpus)
-    return Report("data", options, setting.environment(), rows)
+        yield from rendered(setting, datamodule.corpus)
 
 
 def _experiment(setting: Setting[DataOptions], *more: str) -> Experiment:

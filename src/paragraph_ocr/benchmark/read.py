@@ -1,6 +1,6 @@
 """How fast it reads: as many tokens as the reference, pages of a store, and images from their files."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from paragraph_ocr.benchmark.reference import (
 )
 from paragraph_ocr.benchmark.setting import Setting, free
 from paragraph_ocr.benchmark.steady import growth_rows, soak_row
-from paragraph_ocr.benchmark.table import Report, Row, Spread, judge, rates
+from paragraph_ocr.benchmark.table import Report, Row, Spread, announced, judge, rates
 from paragraph_ocr.benchmark.timing import in_turn, peak_mib
 from paragraph_ocr.build_model import vocabulary_from
 from paragraph_ocr.config import Experiment
@@ -60,18 +60,24 @@ def benchmark(options: ReadOptions) -> Report:
     precision = options.precision
     if precision == "auto":
         precision = build.precision(experiment.trainer)  # type: ignore[assignment]
+    rows = announced(_rows(setting, experiment, precision))
+    return Report("read", options, setting.environment(precision), rows)
+
+
+def _rows(setting: Setting[ReadOptions], experiment: Experiment, precision: str) -> Iterator[Row]:
+    options = setting.options
     batches = options.batches or ((1, 16, 64, 256) if setting.on_gpu else (1,))
     pair = Pair(setting, experiment, precision)
-    rows = [against_reference(setting, pair, size) for size in batches]
-    rows.append(same_tokens(setting, pair, batches[0]))
+    for size in batches:
+        yield against_reference(setting, pair, size)
+    yield same_tokens(setting, pair, batches[0])
     del pair
     if options.pages:
-        rows.append(pages_of_a_store(setting))
+        yield pages_of_a_store(setting)
     if options.image is not None:
-        rows.append(images(setting, Path(options.image)))
+        yield images(setting, Path(options.image))
     if options.growth or options.soak_steps:
-        rows += _steadiness(setting, precision, batches[0])
-    return Report("read", options, setting.environment(precision), rows)
+        yield from _steadiness(setting, precision, batches[0])
 
 
 class Pair:

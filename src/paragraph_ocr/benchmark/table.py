@@ -6,7 +6,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -68,6 +68,18 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "ratio": self.ratio}
+
+
+def announced(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows, each told in a line once it is measured: a benchmark may be cut short."""
+    told = []
+    for row in rows:
+        ratio = "" if row.ratio is None else f", {row.ratio:.3g} times ({row.against})"
+        console.say(
+            f"{row.group}, {row.work}: {row.ours.median:.4g} {row.unit}{ratio}", style="dim"
+        )
+        told.append(row)
+    return told
 
 
 def rates(seconds: Sequence[float], amount: float | int) -> Spread:

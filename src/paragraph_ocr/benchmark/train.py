@@ -1,7 +1,7 @@
 """How fast it trains: a step against the reference's, and training from a store against the bare step."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -17,7 +17,7 @@ from paragraph_ocr.benchmark.pace import Pace
 from paragraph_ocr.benchmark.reference import PUBLISHED_TRAINING, ReferenceTraining
 from paragraph_ocr.benchmark.setting import Setting, free, placements
 from paragraph_ocr.benchmark.steady import growth_rows, soak_row
-from paragraph_ocr.benchmark.table import Report, Row, Spread, judge, rates
+from paragraph_ocr.benchmark.table import Report, Row, Spread, announced, judge, rates
 from paragraph_ocr.benchmark.timing import in_turn, peak_mib, seconds_of
 from paragraph_ocr.config import AugmentationConfig, Experiment
 from paragraph_ocr.learning.callbacks import Measure, TrainingProgress
@@ -31,17 +31,22 @@ WARM_UP = 3
 def benchmark(options: TrainOptions) -> Report:
     quiet_lightning()
     setting = Setting(options)
+    precision = build.precision(setting.experiment().trainer)
+    return Report("train", options, setting.environment(precision), announced(_rows(setting)))
+
+
+def _rows(setting: Setting[TrainOptions]) -> Iterator[Row]:
+    options = setting.options
     batches = options.batches or ((64, 16) if setting.on_gpu else (2,))
-    rows = [against_reference(setting, size) for size in batches]
+    for size in batches:
+        yield against_reference(setting, size)
     if options.end_to_end:
-        rows.append(end_to_end(setting, batches[0]))
+        yield end_to_end(setting, batches[0])
     if options.growth:
-        rows += growth_rows(setting, partial(_step, setting))
+        yield from growth_rows(setting, partial(_step, setting))
     if options.soak_steps:
         step = _step(setting, batches[0])
-        rows.append(soak_row(step, setting, steps=options.soak_steps, name=f"batch {batches[0]}"))
-    precision = build.precision(setting.experiment().trainer)
-    return Report("train", options, setting.environment(precision), rows)
+        yield soak_row(step, setting, steps=options.soak_steps, name=f"batch {batches[0]}")
 
 
 class Training:
