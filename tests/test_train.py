@@ -108,8 +108,18 @@ MISTAKES = [
 ]
 
 
+@pytest.fixture(scope="session")
+def seconds_of_imports():
+    """Return what the imports of a run take on this machine, as busy as it is."""
+    began = seconds_of_children()
+    subprocess.run([sys.executable, "-c", "import paragraph_ocr.run"], check=True)
+    return seconds_of_children() - began
+
+
 @pytest.mark.parametrize(("typed", "said"), MISTAKES, ids=lambda value: str(value)[:50])
-def test_a_mistake_is_one_line_with_the_remedy_and_status_2(typed, said, own_conf, tmp_path):
+def test_a_mistake_is_one_line_with_the_remedy_and_status_2(
+    typed, said, own_conf, seconds_of_imports, tmp_path
+):
     began = seconds_of_children()
     outputs = tmp_path / "outputs"
     done = train(
@@ -125,7 +135,7 @@ def test_a_mistake_is_one_line_with_the_remedy_and_status_2(typed, said, own_con
     assert done.returncode == 2, done.stderr
     assert len(last) == 1, done.stderr
     assert said in last[0]
-    assert seconds < 10
+    assert seconds < max(10, 1.5 * seconds_of_imports)
     assert not (outputs / "data").exists(), "no data may be touched"
 
 
