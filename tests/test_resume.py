@@ -213,6 +213,21 @@ def test_on_a_gpu_resumed_runs_stray_no_further_than_unbroken_ones(tmp_path):
     assert furthest(itertools.product(unbroken, resumed)) <= 2 * max(spread, 0.01)
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a GPU")
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_on_a_gpu_deterministic_runs_go_on_with_the_same_bits(tmp_path, compiled):
+    typed = [*ON_GPU, "trainer.deterministic=true", f"trainer.compile={compiled}"]
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+    assert killing.collect(killing.start_anew([*typed, f"outputs={unbroken}"])) == 0
+    struck = killing.kill_until_done(
+        [*typed, f"outputs={resumed}"], resumed, kills=2, begin=killing.start_anew
+    )
+    assert any(struck)
+    killing.assert_same(killing.result(unbroken), killing.result(resumed))
+
+
 def write_folder(folder):
     """Write a folder of images and transcriptions, 20 of the package's own pages."""
     import cv2
