@@ -35,6 +35,7 @@ def environment(browser: Path) -> dict[str, str]:
     if not browser.is_relative_to(KEPT):
         return dict(os.environ)
     # the package looks for its fonts where it thinks to be unpacked, and a Chromium without any dies
+    (KEPT / "fonts").mkdir(exist_ok=True)
     (KEPT / "fonts" / "fonts.conf").write_text(_FONTS.format(KEPT / "fonts"))
     return {
         **os.environ,
