@@ -83,6 +83,39 @@ def test_random_numbers_go_on_from_step_to_step():
 
 
 @needs_a_gpu
+def test_the_first_step_has_the_bits_of_replayed_ones():
+    from torchvision.models import resnet18
+
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(resnet18(num_classes=4), torch.nn.Dropout(0.5)).cuda()
+
+    def loss(images, tokens, sizes):
+        pages = images.float().expand(-1, 3, -1, -1) / 255
+        cost = module(pages + 0.1 * torch.randn_like(pages)).square().sum()
+        return cost, (tokens != 3).sum()
+
+    recorded = RecordedLoss(loss, module, pad=3, longest=100)
+    images = torch.randint(0, 255, (4, 1, 64, 64), dtype=torch.uint8, device="cuda")
+    tokens = torch.randint(4, 9, (4, 20), device="cuda")
+    buffers = [buffer.clone() for buffer in module.buffers()]
+    found = []
+    try:
+        for _ in range(3):
+            torch.cuda.manual_seed(1)
+            for buffer, kept in zip(module.buffers(), buffers, strict=True):
+                buffer.copy_(kept)
+            with torch.autocast("cuda", torch.bfloat16):
+                total, count = recorded(images, tokens, None)
+            gradients = torch.autograd.grad(total / count, list(module.parameters()))
+            found.append([total.detach(), *gradients, torch.cuda.get_rng_state()])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for later in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], later, strict=True))
+
+
+@needs_a_gpu
 def test_a_step_that_cannot_be_recorded_is_refused_with_the_remedy():
     from paragraph_ocr.errors import UserError
 
@@ -101,3 +134,7 @@ def test_a_step_that_cannot_be_recorded_is_refused_with_the_remedy():
     recorded(*batch)
     with pytest.raises(UserError, match="trainer.cuda_graphs=false"):
         recorded(*batch)
+    torch.cuda.manual_seed(1)
+    first = torch.rand(3, device="cuda")
+    torch.cuda.manual_seed(1)
+    assert torch.equal(first, torch.rand(3, device="cuda")), "others in the process go on"

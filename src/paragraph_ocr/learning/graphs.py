@@ -6,6 +6,7 @@ A small model's kernels run faster than Python can launch them, on an H100 by te
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ Loss = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 class RecordedLoss:
     """A loss whose forward and backward pass are recorded for each shape of batch, and then replayed.
 
-    The first batch of a shape is computed plainly, in case that no other follows; and so is what does
-    not lie on a GPU. What is computed is the same. Random numbers go on as the graphs consume them, and
-    statistics in buffers are updated.
+    The first batch of a shape is not recorded, in case that no other follows, but computed by the same
+    operations: the same bits where these are deterministic. What does not lie on a GPU is left to
+    autograd. Random numbers go on as the graphs consume them, and statistics in buffers are updated.
 
     Args:
         module: holds the parameters and buffers that the loss uses.
@@ -40,7 +41,8 @@ class RecordedLoss:
     """
 
     def __init__(self, loss: Loss, module: nn.Module, *, pad: int, longest: int) -> None:
-        self._loss, self._module, self._pad, self._longest = loss, module, pad, longest
+        self._loss, self._pad, self._longest = loss, pad, longest
+        self._step = _Step(loss, module)
         self._seen: Counter[Any] = Counter()
         self._recordings: dict[Any, _Recording] = {}
         self._pool: Any = None
@@ -59,25 +61,31 @@ class RecordedLoss:
         short = max(0, min(length, self._longest) - tokens.shape[1])
         tokens = F.pad(tokens, (0, short), value=self._pad)
         shape = (images.shape, tokens.shape, sizes is None)
+        batch = (images, tokens, sizes)
+        compute: _Compute = self._step
         recording = self._recordings.get(shape)
-        if recording is None:
-            self._seen[shape] += 1
-            full = len(self._recordings) == _MOST
-            if self._seen[shape] == 1 or full:
-                return self._loss(images, tokens, sizes)
-            recording = self._record((images, tokens, sizes))
-            self._recordings[shape] = recording
-        loss, count = _Replay.apply(recording, (images, tokens, sizes), *recording.parameters)
+        if recording is not None:
+            compute = recording
+        elif self._seen[shape] and len(self._recordings) < _MOST:
+            compute = self._recordings[shape] = self._record(batch)
+        self._seen[shape] += 1
+        loss, count = _WithGradients.apply(compute, batch, *self._step.parameters.values())
         return loss, count
 
     def _record(self, batch: Sequence[Tensor | None]) -> "_Recording":
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        random = torch.cuda.get_rng_state()
         try:
-            return _Recording(self._loss, self._module, batch, self._pool)
+            return _Recording(self._step, batch, self._pool)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # after which the device's random numbers are spoilt
+        except RuntimeError as error:
+            # the generator still believes itself to be recorded; others in this process shall go on
+            generator = torch.Generator("cuda")
+            generator.set_state(random)
+            generators = torch.cuda.default_generators
+            generators[torch.cuda.current_device()].graphsafe_set_state(generator)
             first = str(error).strip().splitlines()[:1] or [type(error).__name__]
             raise UserError(
                 f"trainer.cuda_graphs=true: this model's step cannot be recorded ({first[0]}). "
@@ -85,55 +93,75 @@ class RecordedLoss:
             ) from error
 
 
+@dataclass
+class _Computed:
+    loss: Tensor
+    count: Tensor
+    gradients: tuple[Tensor | None, ...]
+    """One for each parameter; None where the loss does not depend on it."""
+
+    overwritten: bool = False
+
+
+_Compute = Callable[[Sequence[Tensor | None]], _Computed]
+
+
+class _Step:
+    """From a batch to loss, number of tokens, and gradients."""
+
+    def __init__(self, loss: Loss, module: nn.Module) -> None:
+        self._called = _Called(loss, module)
+        self.parameters = {
+            name: p for name, p in self._called.named_parameters() if p.requires_grad
+        }
+        self.buffers = list(module.buffers())
+
+    def __call__(self, batch: Sequence[Tensor | None]) -> _Computed:
+        # leaves of their own: those of an earlier loss that is still alive belong to another stream
+        own: dict[str, Tensor] = {
+            name: nn.Parameter(p.detach()) for name, p in self.parameters.items()
+        }
+        with torch.enable_grad(), _autocast_without_cache():
+            total, count = functional_call(self._called, own, tuple(batch))
+        gradients = torch.autograd.grad(total, list(own.values()), allow_unused=True)
+        return _Computed(total.detach(), count, gradients)
+
+
+def _autocast_without_cache() -> torch.autocast:
+    """Return autocast as it stands; a cast kept from before would not be part of a graph."""
+    enabled, precision = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    return torch.autocast("cuda", precision, enabled=enabled, cache_enabled=False)
+
+
 class _Recording:
     """One shape's graph, with the tensors that it reads from and writes to."""
 
-    def __init__(
-        self, loss: Loss, module: nn.Module, batch: Sequence[Tensor | None], pool: Any
-    ) -> None:
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
+    def __init__(self, step: _Step, batch: Sequence[Tensor | None], pool: Any) -> None:
         self._batch = [None if tensor is None else tensor.clone() for tensor in batch]
-        self.replays = 0
-        device = self.parameters[0].device
-        wrapped = _Called(loss, module)
-
-        def step() -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-            # leaves of their own: those of an earlier loss that is still alive belong to another stream
-            own: dict[str, Tensor] = {
-                name: nn.Parameter(p.detach())
-                for name, p in wrapped.named_parameters()
-                if p.requires_grad
-            }
-            # a cast that autocast had kept from before would not be part of the graph
-            autocast = torch.is_autocast_enabled(device.type)
-            precision = torch.get_autocast_dtype(device.type)
-            with torch.autocast(device.type, precision, enabled=autocast, cache_enabled=False):
-                total, count = functional_call(wrapped, own, tuple(self._batch))
-            gradients = torch.autograd.grad(total, list(own.values()), allow_unused=True)
-            return total.detach(), count, gradients
-
-        buffers = list(module.buffers())
-        before = [buffer.clone() for buffer in buffers]
-        random = torch.cuda.get_rng_state(device)
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
+        before = [buffer.clone() for buffer in step.buffers]
+        random = torch.cuda.get_rng_state()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles, and lets libraries take their memory
-                step()
-        torch.cuda.current_stream(device).wait_stream(stream)
+                step(self._batch)
+        torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
-            self.loss, self.count, self.gradients = step()
-        for buffer, kept in zip(buffers, before, strict=True):
+            self._latest = step(self._batch)
+        for buffer, kept in zip(step.buffers, before, strict=True):
             buffer.copy_(kept)
-        torch.cuda.set_rng_state(random, device)
+        torch.cuda.set_rng_state(random)
 
-    def replay(self, batch: Sequence[Tensor | None]) -> None:
+    def __call__(self, batch: Sequence[Tensor | None]) -> _Computed:
+        """Return what the next call overwrites."""
+        self._latest.overwritten = True
+        self._latest = replace(self._latest, overwritten=False)
         for place, tensor in zip(self._batch, batch, strict=True):
             if place is not None and tensor is not None:
                 place.copy_(tensor, non_blocking=True)
         self._graph.replay()
-        self.replays += 1
+        return self._latest
 
 
 class _Called(nn.Module):
@@ -148,23 +176,26 @@ class _Called(nn.Module):
         return self._loss(*batch)
 
 
-class _Replay(torch.autograd.Function):
-    """A replayed loss, with the gradients that came with it."""
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients are computed along with it."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, recording: _Recording, batch: Sequence[Tensor | None], *parameters: Tensor
+        ctx: Any,
+        compute: _Compute,
+        batch: Sequence[Tensor | None],
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        recording.replay(batch)
-        ctx.recording, ctx.replays = recording, recording.replays
-        loss, count = recording.loss.clone(), recording.count.clone()
+        computed = compute(batch)
+        loss, count = computed.loss.clone(), computed.count.clone()
+        ctx.computed = computed
         ctx.mark_non_differentiable(count)
         return loss, count
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor, _: Any) -> Any:  # type: ignore[override]
-        recording = ctx.recording
-        assert recording.replays == ctx.replays, "the gradients are those of a later batch"
-        some = [gradient for gradient in recording.gradients if gradient is not None]
+        computed: _Computed = ctx.computed
+        assert not computed.overwritten, "the gradients are those of a later batch"
+        some = [gradient for gradient in computed.gradients if gradient is not None]
         scaled = iter(torch._foreach_mul(some, slope))
-        return None, None, *(None if g is None else next(scaled) for g in recording.gradients)
+        return None, None, *(None if g is None else next(scaled) for g in computed.gradients)
