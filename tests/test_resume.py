@@ -228,11 +228,12 @@ def test_on_a_gpu_resumed_runs_stray_no_further_than_unbroken_ones(tmp_path):
 def test_on_a_gpu_deterministic_runs_go_on_with_the_same_bits(tmp_path, compiled):
     typed = [*ON_GPU, "trainer.deterministic=true", f"trainer.compile={compiled}"]
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
-    assert killing.collect(killing.start_anew([*typed, f"outputs={unbroken}"])) == 0
+    whole = killing.start_anew([*typed, f"outputs={unbroken}"])
     struck = killing.kill_until_done(
         [*typed, f"outputs={resumed}"], resumed, kills=2, begin=killing.start_anew
     )
     assert any(struck)
+    assert killing.collect(whole) == 0
     killing.assert_same(killing.result(unbroken), killing.result(resumed))
 
 

@@ -142,12 +142,12 @@ class Encoder(nn.Module):
             images: 0 is paper, 255 is ink.
             sizes: true height and width in pixels; None if every page fills the canvas.
         """
-        pages = images.to(torch.float32) / 255
-        if self._stem is not None and sizes is None and pages.is_cuda:
-            features = self._stem(pages)
+        if self._stem is not None and self._stem.serves and sizes is None and images.is_cuda:
+            features = self._stem(images)
             for layer in [*self.net.children()][Stem.NUM_LAYERS :]:
                 features = layer(features)
             return features
+        pages = images.to(torch.float32) / 255
         if self.in_channels == 3:
             pages = pages.expand(-1, 3, -1, -1)
         if sizes is not None:
