@@ -66,8 +66,8 @@ class Stem:
             scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
             shift = norm.bias - norm.running_mean * scale
             return stem_kernels.stem_in_evaluation(padded, kernel, scale, shift, height, width)
-        pooled, mean, variance, _, _ = stem_kernels.stem_in_training(
-            padded, kernel, norm.weight, norm.bias, norm.running_mean, height, width, norm.eps
+        pooled, mean, variance, *_ = stem_kernels.stem_in_training(
+            padded, kernel, norm.weight, norm.bias, height, width, norm.eps
         )
         assert norm.momentum is not None and norm.num_batches_tracked is not None
         with torch.no_grad():
