@@ -1,5 +1,11 @@
 """The fast stem, on a GPU if there is one, else in Triton's interpreter, against the layers it stands for."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -128,3 +134,18 @@ def test_the_operators_fit_torch(name):
 )
 def test_only_the_classic_stem_is_taken_over(name, fits):
     assert Stem.fits(Encoder(name, stage=2).net) is fits
+
+
+@pytest.mark.parametrize("capability", [75, 90])
+def test_the_kernels_compile_for_gpus_that_are_not_here(capability, tmp_path):
+    script = Path(__file__).with_name("compile_stem.py")
+    compiled = subprocess.run(
+        [sys.executable, script, str(capability)],
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert compiled.returncode == 0, compiled.stderr[-2000:]
+    shared = json.loads(compiled.stdout)
+    assert len(shared) == 9
+    assert max(shared.values()) <= 64 * 1024, "the least that a program may have on any of them"

@@ -89,20 +89,19 @@ def _pool(
     offset = tl.load(shift + channels, mask=in_channels, other=0.0)[None, :]
     best = tl.zeros([BLOCK, BLOCK_CHANNELS], dtype=tl.float32)
     tap = tl.full([BLOCK, BLOCK_CHANNELS], _NONE, dtype=tl.int32)
-    for down in tl.static_range(3):
-        for across in tl.static_range(3):
-            i, j = 2 * y + down - 1, 2 * xs + across - 1
-            inside = (i >= 0) & (i < HEIGHT) & (j >= 0) & (j < WIDTH) & (xs < COLUMNS)
-            windows = _windows(padded, page, i, j, inside, ROWS_PADDED, COLUMNS_PADDED)
-            value = tl.dot(windows, weights, input_precision=PRECISION) * factor + offset
-            better = inside[:, None] & (value > best)
-            best = tl.where(better, value, best)
-            tap = tl.where(better, down * 3 + across, tap)
-    place = xs[:, None] * CHANNELS + channels[None, :]
+    for place in range(9):
+        i, j = 2 * y + place // 3 - 1, 2 * xs + place % 3 - 1
+        inside = (i >= 0) & (i < HEIGHT) & (j >= 0) & (j < WIDTH) & (xs < COLUMNS)
+        windows = _windows(padded, page, i, j, inside, ROWS_PADDED, COLUMNS_PADDED)
+        value = tl.dot(windows, weights, input_precision=PRECISION) * factor + offset
+        better = inside[:, None] & (value > best)
+        best = tl.where(better, value, best)
+        tap = tl.where(better, place, tap)
+    target = xs[:, None] * CHANNELS + channels[None, :]
     kept = (xs < COLUMNS)[:, None] & in_channels[None, :]
     first = row * COLUMNS * CHANNELS
-    tl.store(pooled + first + place, best, mask=kept)
-    tl.store(taps + first + place, tap.to(tl.uint8), mask=kept)
+    tl.store(pooled + first + target, best, mask=kept)
+    tl.store(taps + first + target, tap.to(tl.uint8), mask=kept)
 
 
 @triton.jit
@@ -125,17 +124,16 @@ def _spread(
         page, y = row // ROWS, row % ROWS
         xs = (tile % segments) * BLOCK + tl.arange(0, BLOCK)
         kept = (xs < COLUMNS)[:, None] & in_channels[None, :]
-        place = row * COLUMNS * CHANNELS + (xs[:, None] * CHANNELS + channels[None, :])
-        tap = tl.load(taps + place, mask=kept, other=_NONE).to(tl.int32)
-        slope = tl.load(gradient + place, mask=kept, other=0.0)
+        first, target = row * COLUMNS * CHANNELS, xs[:, None] * CHANNELS + channels[None, :]
+        tap = tl.load(taps + first + target, mask=kept, other=_NONE).to(tl.int32)
+        slope = tl.load(gradient + first + target, mask=kept, other=0.0)
         total += tl.where(tap != _NONE, slope.to(tl.float32), 0.0)
-        for down in tl.static_range(3):
-            for across in tl.static_range(3):
-                i, j = 2 * y + down - 1, 2 * xs + across - 1
-                inside = (i >= 0) & (i < HEIGHT) & (j >= 0) & (j < WIDTH) & (xs < COLUMNS)
-                windows = _windows(padded, page, i, j, inside, ROWS_PADDED, COLUMNS_PADDED)
-                here = tl.where(tap == down * 3 + across, slope, 0.0).to(windows.dtype)
-                product += tl.dot(tl.trans(windows), here, input_precision=PRECISION)
+        for place in range(9):
+            i, j = 2 * y + place // 3 - 1, 2 * xs + place % 3 - 1
+            inside = (i >= 0) & (i < HEIGHT) & (j >= 0) & (j < WIDTH) & (xs < COLUMNS)
+            windows = _windows(padded, page, i, j, inside, ROWS_PADDED, COLUMNS_PADDED)
+            here = tl.where(tap == place, slope, 0.0).to(windows.dtype)
+            product += tl.dot(tl.trans(windows), here, input_precision=PRECISION)
     tl.store(sums + program * CHANNELS + channels, tl.sum(total, axis=0), mask=in_channels)
     place = (program * _WINDOW * _WINDOW + cells[:, None]) * CHANNELS + channels[None, :]
     tl.store(products + place, product, mask=in_channels[None, :])
@@ -158,8 +156,13 @@ def _blocks(padded: Tensor, channels: int) -> dict[str, object]:
 
 
 def _block(padded: Tensor) -> dict[str, object]:
-    precise = padded.dtype == torch.float32
-    return {"BLOCK": _BLOCK, "PRECISION": "ieee" if precise else "tf32"}
+    precise = padded.dtype == torch.float32  # which leaves no registers to load ahead
+    return {
+        "BLOCK": _BLOCK,
+        "PRECISION": "ieee" if precise else "tf32",
+        "num_warps": 8,
+        "num_stages": 1 if precise else 2,
+    }
 
 
 def _pooled(
