@@ -73,6 +73,12 @@ class RecordedLoss:
         loss, count = _WithGradients.apply(compute, batch, *self._step.parameters.values())
         return loss, count
 
+    def forget(self) -> None:
+        """Give back the memory of what was recorded; where weights move, it must be recorded anew."""
+        self._seen.clear()
+        self._recordings.clear()
+        self._pool = None
+
     def _record(self, batch: Sequence[Tensor | None]) -> "_Recording":
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()

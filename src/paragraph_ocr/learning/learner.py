@@ -121,6 +121,11 @@ class Learner(pl.LightningModule):
             seed = np.random.SeedSequence([torch.initial_seed(), rank]).generate_state(1)
             torch.manual_seed(int(seed[0]))
 
+    def on_fit_end(self) -> None:
+        """Forget recorded steps: Lightning takes the weights off the GPU."""
+        if isinstance(self._training_loss, RecordedLoss):
+            self._training_loss.forget()
+
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the cost of a training batch, augmented, summed over its tokens, and their number."""
         return self._training_loss(batch.images, batch.tokens, batch.sizes)

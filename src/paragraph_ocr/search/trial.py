@@ -50,6 +50,8 @@ def run_trial(experiment: Experiment, sweeper: Any) -> dict[str, Any]:
             quiet=True,
         )
     finally:
+        pruned = watch.pruned
+        del watch  # Lightning has given it the learner's methods
         gc.collect()  # Lightning's objects hold each other, and through them the model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -58,7 +60,7 @@ def run_trial(experiment: Experiment, sweeper: Any) -> dict[str, Any]:
         "folder": str(outcome.folder),
         "fit_seconds": outcome.fit_seconds,
         "memory_mib": _memory_mib(),
-        "pruned": watch.pruned,
+        "pruned": pruned,
     }
 
 
