@@ -52,7 +52,7 @@ def show(overrides: list[str]) -> None:
 
     with console.progress("prepare") as progress:
         vocabulary = build.build_vocabulary(experiment, progress=progress)
-        datamodule = build.build_datamodule(experiment, vocabulary, progress=progress)
+        datamodule = build.build_pages(experiment, vocabulary, progress=progress)
         datamodule.prepare_data()
     datamodule.setup()
     console.say(repr(datamodule))

@@ -12,6 +12,7 @@ import torch
 
 import killing
 from paragraph_ocr import console
+from small_curriculum import SMALL_CURRICULUM
 
 QUICK = [
     "model=tiny", "datamodule=fake", "debug=ci", "trainer=cpu", "regularization=standard",
@@ -105,6 +106,16 @@ def test_so_does_one_whose_workers_stack_and_augment_its_pages(tmp_path, iam_cop
     typed.remove("debug=ci")
     struck = killed_and_unbroken(tmp_path, typed, kills=2, seed=2)
     assert any(struck)
+
+
+def test_so_does_one_that_follows_a_curriculum(tmp_path):
+    typed = [
+        "model=tiny", *SMALL_CURRICULUM, "trainer=cpu", "regularization=standard",
+        "trainer.max_epochs=8", "trainer.checkpoint.every_n_steps=1",
+        "schedule=warmup_stable_decay", "schedule.warmup_steps=3",
+    ]  # fmt: skip
+    struck = killed_and_unbroken(tmp_path, typed, kills=3, seed=1)
+    assert len([step for step in struck if step]) >= 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

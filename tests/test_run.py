@@ -9,6 +9,7 @@ from paragraph_ocr.config import Experiment
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.run import folder_name, make_folder
 from paragraph_ocr.validation import CONF, compose, validate
+from small_curriculum import SMALL_CURRICULUM
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
@@ -26,6 +27,7 @@ NEEDED = {
     "datamodule=emnist": ["datamodule.root=tests"],
     "datamodule=emnist_lines": ["datamodule.root=tests"],
     "vocabulary=from_data": ["datamodule=fake"],
+    "curriculum=lines_to_page": ["datamodule=synthetic_paragraphs"],
 }
 """What a choice needs of its user."""
 
@@ -62,6 +64,7 @@ def test_every_encoder_goes_with_every_decoder(encoder, decoder):
     "override",
     [f"optimizer={p.stem}" for p in (CONF / "optimizer").glob("*.yaml")]
     + [f"schedule={p.stem}" for p in (CONF / "schedule").glob("*.yaml")]
+    + [f"curriculum={p.stem}" for p in (CONF / "curriculum").glob("*.yaml")]
     + [f"regularization={p.stem}" for p in (CONF / "regularization").glob("*.yaml")]
     + [f"decoding={p.stem}" for p in (CONF / "decoding").glob("*.yaml")]
     + [f"datamodule={p.stem}" for p in (CONF / "datamodule").glob("*.yaml")]
@@ -77,7 +80,8 @@ def test_every_choice_builds_all_parts(override, tmp_path):
     )
     learner = build.build_learner(experiment, recognizer, vocabulary)
     trainer = build.build_trainer(experiment, folder=tmp_path, logger=None, callbacks=[])
-    assert build.build_datamodule(experiment, vocabulary).batch_size > 0
+    assert build.build_pages(experiment, vocabulary).batch_size > 0
+    assert build.build_datamodule(experiment, vocabulary) is not None
     assert learner.configure_optimizers is not None
     assert trainer.max_epochs is not None
 
@@ -88,6 +92,17 @@ def test_every_experiment_runs_two_steps(run_experiment, name):
     assert 0 < outcome.metrics["val/loss"] < 20
     assert (outcome.folder / "best.safetensors").exists()
     assert (outcome.folder / "last.safetensors").exists()
+
+
+def test_a_curriculum_goes_from_stage_to_stage_and_mlflow_draws_it(run_experiment, tmp_path):
+    typed = ["model=tiny", "trainer.accelerator=cpu", "tracking.system_metrics=false"]
+    run_experiment(*typed, *SMALL_CURRICULUM, "trainer.max_epochs=5")
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        rows = database.execute(
+            "select step, value from metrics where key = 'curriculum/stage' order by step"
+        ).fetchall()
+    assert [stage for _, stage in rows] == [0, 1, 1, 2, 2]
+    assert [step for step, _ in rows] == [2, 5, 8, 11, 14]
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "debug").glob("*.yaml")))
@@ -307,7 +322,7 @@ def test_a_vocabulary_found_in_the_data_stands_in_the_run_and_comes_back_without
     vocabulary = build.build_vocabulary(experiment)
     assert "".join(vocabulary.characters) == stored["characters"]
     experiment.outputs = str(tmp_path)
-    datamodule = build.build_datamodule(experiment, vocabulary)
+    datamodule = build.build_pages(experiment, vocabulary)
     assert len(list((tmp_path / "data").glob("*.h5"))) == 1
     datamodule.prepare_data()
     assert len(list((tmp_path / "data").glob("*.h5"))) == 1, "another store was made"

@@ -71,7 +71,7 @@ def check_that_images_alone_decide_the_reading(outputs: Path) -> None:
     experiment = validate(compose(overrides))
     vocabulary = build.build_vocabulary(experiment)
     recognizer = build_model.build_recognizer(experiment, vocabulary).eval()
-    datamodule = build.build_datamodule(experiment, vocabulary)
+    datamodule = build.build_pages(experiment, vocabulary)
     datamodule.setup()
     batch = next(iter(datamodule.val_dataloader()))
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from paragraph_ocr.batch import Batch
 from paragraph_ocr.build_model import build_decoding, vocabulary_from
 from paragraph_ocr.config import (
+    PAGES,
     DataConfig,
     EmnistData,
     EmnistLinesData,
@@ -34,6 +35,7 @@ from paragraph_ocr.config import (
 from paragraph_ocr.data.augment import Augment, Strengths
 from paragraph_ocr.data.augment_page import augment_page
 from paragraph_ocr.data.corpus import Corpus
+from paragraph_ocr.data.curriculum import Curriculum, CurriculumDataModule, Stage
 from paragraph_ocr.data.datamodule import ParagraphDataModule
 from paragraph_ocr.data.emnist import EmnistCorpus, EmnistLinesCorpus
 from paragraph_ocr.data.fake import FakeCorpus
@@ -147,8 +149,15 @@ def build_learner(experiment: Experiment, recognizer: Reader, vocabulary: Vocabu
     )
 
 
-def _schedule(experiment: Experiment, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
-    return build_schedule(optimizer, total_steps=total_steps, **asdict(experiment.schedule))
+def _schedule(
+    experiment: Experiment,
+    optimizer: torch.optim.Optimizer,
+    total_steps: int | None,
+    time_share: Callable[[], float] | None,
+) -> Any:
+    return build_schedule(
+        optimizer, total_steps=total_steps, time_share=time_share, **asdict(experiment.schedule)
+    )
 
 
 def build_corpus(data: DataConfig, characters: str, *, seed: int) -> Corpus:
@@ -210,7 +219,33 @@ def build_datamodule(
     vocabulary: Vocabulary,
     *,
     progress: Callable[[int, int], None] | None = None,
+) -> ParagraphDataModule | CurriculumDataModule:
+    """Return the data module: with a curriculum's training pages, or with its own."""
+    pages, config = build_pages(experiment, vocabulary, progress=progress), experiment.curriculum
+    if not config.stages:
+        return pages
+    data, corpora = experiment.datamodule, {}
+    for name, corpus in config.corpora.items():
+        loaded = replace(  # as the pages are
+            corpus,
+            num_workers=data.num_workers,
+            placement=data.placement,
+            pad_to_multiple=data.pad_to_multiple,
+        )
+        variant = replace(experiment, datamodule=loaded)
+        corpora[name] = build_pages(variant, vocabulary, progress=progress)
+    stages = [Stage(s.corpora, s.batch_size, s.below, s.max_steps) for s in config.stages]
+    curriculum = Curriculum(stages, config.look_every, config.replay, experiment.seed)
+    return CurriculumDataModule(pages, {PAGES: pages, **corpora}, curriculum)
+
+
+def build_pages(
+    experiment: Experiment,
+    vocabulary: Vocabulary,
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ParagraphDataModule:
+    """Return the module of the experiment's own paragraphs, whatever its curriculum."""
     data = experiment.datamodule
     in_workers = experiment.regularization.augment_on == "workers"
     return ParagraphDataModule(
@@ -308,7 +343,9 @@ def build_trainer(
     together = num_processes(config) > 1
     on_gpus = together and _uses_gpus(config)
     settings = {key: value for key, value in asdict(config).items() if key not in own}
-    if config.max_epochs is None:
+    if config.max_epochs is None and config.max_time is not None:
+        settings["max_epochs"] = -1
+    elif config.max_epochs is None:
         settings["max_epochs"] = EPOCHS_TO_OVERFIT if overfit else EPOCHS
     if config.check_val_every_n_epoch is None:
         every = EPOCHS_BETWEEN_READINGS_TO_OVERFIT if overfit else 1

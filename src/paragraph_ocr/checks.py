@@ -1,12 +1,16 @@
 """Which values a config may hold: each alone, what must go together, what this machine has."""
 
 import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from paragraph_ocr.config import (
+    PAGES,
     DataConfig,
     DecoderConfig,
     EmnistData,
@@ -27,7 +31,7 @@ from paragraph_ocr.errors import UserError, nearest
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.decoder.norm": ("pre", "post"),
     "optimizer.name": ("adamw", "adam", "sgd", "muon"),
-    "schedule.name": ("constant", "cosine", "one_cycle"),
+    "schedule.name": ("constant", "cosine", "one_cycle", "warmup_stable_decay"),
     "trainer.accelerator": ("auto", "cpu", "gpu", "cuda"),
     "trainer.precision": ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"),
     "trainer.strategy": ("auto", "ddp"),
@@ -98,6 +102,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "optimizer.lr": (0, 100),
     "schedule.warmup_steps": (0, 10_000_000),
     "schedule.final_factor": (0, 1),
+    "schedule.decay_share": (0, 1),
+    "curriculum.look_every": (1, 1_000_000),
+    "curriculum.replay": (0, 0.9),
     "trainer.overfit_batches": (0, 1e9),
     "trainer.accumulate_grad_batches": (1, 1_000_000),
     "trainer.checkpoint.every_s": (0, 1e9),
@@ -110,13 +117,25 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 def check_values(composed: DictConfig) -> None:
     """Check each value alone, against its choices or its range."""
+    _check_values(composed, "")
+    for name in composed.curriculum.corpora:  # each is a data module
+        _check_values(composed, f"curriculum.corpora.{name}", instead_of="datamodule")
+
+
+def _check_values(composed: DictConfig, path: str, *, instead_of: str = "") -> None:
+    """Check what lies below a path against the rules for what lies below another."""
     for key, choices in _CHOICES.items():
-        _check_choice(key, OmegaConf.select(composed, key), choices)
+        if key.startswith(instead_of):
+            place = path + key.removeprefix(instead_of)
+            _check_choice(place, OmegaConf.select(composed, place), choices)
     for key, (low, high) in _RANGES.items():
-        value = OmegaConf.select(composed, key)
+        if not key.startswith(instead_of):
+            continue
+        place = path + key.removeprefix(instead_of)
+        value = OmegaConf.select(composed, place)
         if value is not None and not low <= value <= high:
             raise UserError(
-                f"{key}={value} must lie in {low:.10g} to {high:.10g}. Pass {key}=<number>."
+                f"{place}={value} must lie in {low:.10g} to {high:.10g}. Pass {place}=<number>."
             )
 
 
@@ -131,7 +150,7 @@ def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def check_together(experiment: Experiment) -> None:
     """Check what must go together, whatever the machine."""
-    data, trainer = experiment.datamodule, experiment.trainer
+    trainer = experiment.trainer
     match experiment.model:
         case TransformerModel(decoder=decoder):
             _check_decoder(decoder)
@@ -140,8 +159,6 @@ def check_together(experiment: Experiment) -> None:
     _check_vocabulary(experiment.vocabulary)
     if experiment.optimizer.lr == 0:
         raise UserError("optimizer.lr=0 learns nothing. Pass optimizer.lr=1e-3.")
-    if isinstance(data, GeneratedData):
-        _check_generated(data)
     if experiment.decoding.name == "greedy" and experiment.decoding.beam_width != 1:
         raise UserError(
             f"decoding.beam_width={experiment.decoding.beam_width} does nothing in greedy decoding. "
@@ -157,6 +174,16 @@ def check_together(experiment: Experiment) -> None:
             f"trainer.overfit_batches={trainer.overfit_batches} is a share above 1. "
             f"Pass trainer.overfit_batches={int(trainer.overfit_batches)} for that many batches."
         )
+    for each in _with_each_corpus(experiment):
+        with each as variant:
+            _check_data(variant)
+    _check_curriculum(experiment)
+
+
+def _check_data(experiment: Experiment) -> None:
+    data = experiment.datamodule
+    if isinstance(data, GeneratedData):
+        _check_generated(data)
     if isinstance(data, EmnistData):
         _check_emnist(data)
     if data.placement != "disk":
@@ -171,12 +198,31 @@ def check_together(experiment: Experiment) -> None:
 def check_combinations(experiment: Experiment) -> None:
     """Check what must go together, and with this machine: its files and devices."""
     check_together(experiment)
-    data, trainer = experiment.datamodule, experiment.trainer
-    weights = experiment.model.weights
+    trainer, weights = experiment.trainer, experiment.model.weights
     if weights is not None and not _is_there(weights):
         raise UserError(
             f"model.weights={weights} does not exist. Pass a run folder or a .safetensors file."
         )
+    for each in _with_each_corpus(experiment):
+        with each as variant:
+            _check_files(variant.datamodule)
+    _check_tracking(experiment.tracking)
+    devices = trainer.devices
+    if devices != "auto" and not (
+        str(devices).lstrip("-").isdecimal() and int(devices) in {-1, *range(1, 4097)}
+    ):
+        raise UserError(
+            f"trainer.devices={devices} must be a number of devices, or auto for all. "
+            "Pass trainer.devices=1."
+        )
+    _check_processes(experiment)
+    _check_device(trainer)
+    if experiment.datamodule.placement == "gpu":
+        _check_gpu(trainer)
+
+
+def _check_files(data: DataConfig) -> None:
+    """Check that what a data module reads is here."""
     for kind, (choices, wanted) in _OWN_FILES.items():
         if not isinstance(data, kind):
             continue
@@ -198,19 +244,6 @@ def check_combinations(experiment: Experiment) -> None:
             raise UserError(
                 f"datamodule.{key}={path} is not a folder. Pass datamodule.{key}=<folder>."
             )
-    _check_tracking(experiment.tracking)
-    devices = trainer.devices
-    if devices != "auto" and not (
-        str(devices).lstrip("-").isdecimal() and int(devices) in {-1, *range(1, 4097)}
-    ):
-        raise UserError(
-            f"trainer.devices={devices} must be a number of devices, or auto for all. "
-            "Pass trainer.devices=1."
-        )
-    _check_processes(experiment)
-    _check_device(trainer)
-    if data.placement == "gpu":
-        _check_gpu(trainer)
 
 
 def _is_there(path: str, *, folder: bool = False) -> bool:
@@ -219,6 +252,66 @@ def _is_there(path: str, *, folder: bool = False) -> bool:
         return Path(path).is_dir() if folder else Path(path).exists()
     except (OSError, ValueError):
         return False
+
+
+def _with_each_corpus(experiment: Experiment) -> Iterator[AbstractContextManager[Experiment]]:
+    """Yield the experiment, and once more for each of the curriculum's corpora as its data module.
+
+    What is refused within names the corpus.
+    """
+    yield nullcontext(experiment)
+    for name, corpus in experiment.curriculum.corpora.items():
+        yield _as_datamodule(experiment, name, corpus)
+
+
+@contextmanager
+def _as_datamodule(experiment: Experiment, name: str, corpus: DataConfig) -> Iterator[Experiment]:
+    try:
+        placement = experiment.datamodule.placement  # theirs, whatever a corpus says
+        yield replace(experiment, datamodule=replace(corpus, placement=placement))
+    except UserError as error:
+        named = re.sub(r"datamodule\.(?!placement)", f"curriculum.corpora.{name}.", str(error))
+        raise UserError(named) from error
+
+
+def _check_curriculum(experiment: Experiment) -> None:
+    """Check that each stage has pages and, but for the last, an end."""
+    curriculum, trainer = experiment.curriculum, experiment.trainer
+    if not curriculum.stages:
+        return
+    known = (PAGES, *curriculum.corpora)
+    for number, stage in enumerate(curriculum.stages):
+        key = f"curriculum.stages[{number}]"
+        for name, share in stage.corpora.items():
+            _check_choice(f"{key}.corpora", name, known)
+            if share <= 0:
+                raise UserError(f"{key}.corpora.{name}={share} must be above 0. Leave it out.")
+        if not stage.corpora or stage.batch_size < 1:
+            raise UserError(f"{key} needs corpora and a batch_size of 1 or more. Add them.")
+        last = number == len(curriculum.stages) - 1
+        if last != (stage.below is None and stage.max_steps is None):
+            raise UserError(
+                f"{key} is the last stage, which ends with the training. Leave out below and max_steps."
+                if last
+                else f"{key} never ends. Give it below (of train/loss) or max_steps."
+            )
+    for name, corpus in curriculum.corpora.items():
+        if corpus.max_length > experiment.datamodule.max_length:
+            raise UserError(
+                f"curriculum.corpora.{name}.max_length={corpus.max_length} is above "
+                f"datamodule.max_length={experiment.datamodule.max_length}, which the model is built for. "
+                f"Pass curriculum.corpora.{name}.max_length={experiment.datamodule.max_length}."
+            )
+    if trainer.overfit_batches:
+        raise UserError(
+            f"curriculum={curriculum.name} has pages of its own, and trainer.overfit_batches="
+            f"{trainer.overfit_batches} knows but a few. Pass curriculum=none."
+        )
+    if str(trainer.devices) != "1":
+        raise UserError(
+            f"curriculum={curriculum.name} is for one process, and trainer.devices={trainer.devices}. "
+            "Pass trainer.devices=1, or curriculum=none."
+        )
 
 
 def _check_tracking(tracking: TrackingConfig) -> None:

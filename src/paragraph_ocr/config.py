@@ -198,7 +198,33 @@ class OptimizerConfig:
 class ScheduleConfig:
     name: str = MISSING
     warmup_steps: int = 0
+    decay_share: float = 1.0
     final_factor: float = 1.0
+
+
+PAGES = "pages"
+"""What a curriculum calls the data module's own training paragraphs."""
+
+
+@dataclass
+class StageConfig:
+    """A stage of a curriculum: shares of its corpora, and when it is over."""
+
+    corpora: dict[str, float] = MISSING
+    batch_size: int = MISSING
+    below: float | None = None
+    max_steps: int | None = None
+
+
+@dataclass
+class CurriculumConfig:
+    """Without stages, training takes the data module's pages from its first step to its last."""
+
+    name: str = "none"
+    look_every: int = 50
+    replay: float = 0.0
+    corpora: dict[str, DataConfig] = field(default_factory=dict)
+    stages: list[StageConfig] = field(default_factory=list)
 
 
 @dataclass
@@ -278,6 +304,7 @@ class Experiment:
     regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     # a node that holds `int | float` cannot be MISSING: every compose would die of an assertion
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)

@@ -20,6 +20,7 @@ import torch
 
 from paragraph_ocr import build, build_model, console, timeline
 from paragraph_ocr.config import Experiment
+from paragraph_ocr.data.curriculum import CurriculumDataModule
 from paragraph_ocr.ends import explain_end
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.learning.callbacks import (
@@ -39,6 +40,7 @@ from paragraph_ocr.learning.checkpoint import (
     newest_checkpoint,
     restore_best,
 )
+from paragraph_ocr.learning.curriculum import FollowCurriculum
 from paragraph_ocr.learning.learner import Learner
 from paragraph_ocr.learning.processes import Processes
 from paragraph_ocr.resume import Unfinished, find_unfinished, held, identity, write_story
@@ -238,6 +240,8 @@ class _Job:
         callbacks: list[pl.Callback] = [self.keep, Measure(), TrainingProgress()]
         if watch is not None:
             callbacks.append(watch)
+        if isinstance(datamodule, CurriculumDataModule):
+            callbacks.append(FollowCurriculum(datamodule))
         if timeline.asked():
             callbacks.append(MarkFirstStep())
         if limits.overfit_batches and limits.early_stopping.when_read:

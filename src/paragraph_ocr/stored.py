@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from paragraph_ocr.checks import check_together, check_values
-from paragraph_ocr.config import SCHEMAS, Experiment
+from paragraph_ocr.config import SCHEMAS, DataConfig, Experiment
 from paragraph_ocr.errors import UserError
 
 CONFIG = "config.yaml"
@@ -26,7 +26,11 @@ _KINDS = ("model", "datamodule")
 def write_config(experiment: Experiment, folder: Path) -> Path:
     """Write the experiment's config into a folder, renamed into place; return its path."""
     names = {kind: name for name, kind in SCHEMAS.items()}
-    tree = {"schema": {node: names[type(getattr(experiment, node))] for node in _KINDS}}
+    corpora = experiment.curriculum.corpora
+    schemas: dict[str, Any] = {node: names[type(getattr(experiment, node))] for node in _KINDS}
+    if corpora:
+        schemas["corpora"] = {name: names[type(data)] for name, data in corpora.items()}
+    tree = {"schema": schemas}
     text = yaml.safe_dump(tree | asdict(experiment), sort_keys=False, allow_unicode=True)
     aside = folder / f".{CONFIG}.part"
     aside.write_text(text, encoding="utf-8")
@@ -77,6 +81,8 @@ def experiment_of(tree: Any, *, source: str) -> Experiment:
         for kind in _KINDS:
             node[kind] = OmegaConf.structured(SCHEMAS[schemas[kind]])
         rest = {key: value for key, value in tree.items() if key != "schema"}
+        for name, schema in _corpora(tree, schemas, source).items():
+            node.curriculum.corpora[name] = OmegaConf.structured(SCHEMAS[schema])
         _refuse_unknown(rest, node, source)
         # they could read environment variables: the values of a stored config are settled
         for text in _interpolations(rest):
@@ -95,6 +101,24 @@ def experiment_of(tree: Any, *, source: str) -> Experiment:
     assert isinstance(experiment, Experiment)
     check_together(experiment)
     return experiment
+
+
+def _corpora(tree: dict[str, Any], schemas: dict[str, Any], source: str) -> dict[str, str]:
+    """Return the schema of each corpus of the curriculum, which must all be data modules'."""
+    named, curriculum = schemas.get("corpora", {}), tree.get("curriculum", {})
+    found = curriculum.get("corpora", {}) if isinstance(curriculum, dict) else None
+    data = {name for name, kind in SCHEMAS.items() if issubclass(kind, DataConfig)}
+    if (
+        not isinstance(named, dict)
+        or not isinstance(found, dict)
+        or named.keys() != found.keys()
+        or not all(isinstance(schema, str) and schema in data for schema in named.values())
+    ):
+        raise UserError(
+            f"{source}: schema.corpora does not name a schema for each of curriculum.corpora. "
+            "It belongs to another version, or was changed by hand."
+        )
+    return named
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -35,7 +35,7 @@ def first_step(accumulate, batch_size, tmp_path, *more):
     learner = build.build_learner(experiment, recognizer, vocabulary)
     before = {name: tensor.clone() for name, tensor in recognizer.state_dict().items()}
     trainer = build.build_trainer(experiment, folder=tmp_path, logger=None, callbacks=[])
-    trainer.fit(learner, datamodule=build.build_datamodule(experiment, vocabulary))
+    trainer.fit(learner, datamodule=build.build_pages(experiment, vocabulary))
     assert trainer.global_step == 1
     return {name: tensor - before[name] for name, tensor in recognizer.state_dict().items()}
 

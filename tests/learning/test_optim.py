@@ -89,13 +89,19 @@ def test_an_argument_that_the_optimizer_lacks_is_named():
         ("constant", 9, {0: 0.1, 4: 0.5, 9: 1.0, 99: 1.0}),
         ("cosine", 0, {0: 1.0, 50: 0.55, 100: 0.1}),
         ("one_cycle", 0, {0: 0.04, 29: 1.0}),
+        ("warmup_stable_decay", 9, {0: 0.1, 9: 1.0, 72: 1.0, 86: 0.568, 100: 0.1}),
     ],
 )
 def test_schedules_pass_through_the_points_that_define_them(name, warmup, expected):
     net = network()
     optimizer = build_optimizer(net, name="sgd", lr=2.0, weight_decay=0.0, extra={})
     schedule = build_schedule(
-        optimizer, name=name, total_steps=100, warmup_steps=warmup, final_factor=0.1
+        optimizer,
+        name=name,
+        total_steps=100,
+        warmup_steps=warmup,
+        decay_share=0.3,
+        final_factor=0.1,
     )
     rates = []
     for _ in range(100):
@@ -105,3 +111,36 @@ def test_schedules_pass_through_the_points_that_define_them(name, warmup, expect
     rates.append(optimizer.param_groups[0]["lr"])
     for step, factor in expected.items():
         assert rates[step] == pytest.approx(2.0 * factor, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["cosine", "warmup_stable_decay"])
+def test_a_schedule_comes_to_its_end_with_the_time(name):
+    optimizer = build_optimizer(network(), name="sgd", lr=2.0, weight_decay=0.0, extra={})
+    gone = 0.0
+    schedule = build_schedule(
+        optimizer, name=name, total_steps=None, warmup_steps=2, decay_share=0.5, final_factor=0.1,
+        time_share=lambda: gone,
+    )  # fmt: skip
+    rates = {}
+    for step in range(11):
+        gone = step / 10
+        optimizer.step()
+        schedule.step()
+        rates[step] = optimizer.param_groups[0]["lr"]
+    assert rates[10] == pytest.approx(0.2)
+    assert rates[5] == pytest.approx(1.1 if name == "cosine" else 2.0)
+    assert [*rates.values()][1:] == sorted([*rates.values()][1:], reverse=True)
+
+
+@pytest.mark.parametrize("name", ["cosine", "one_cycle", "warmup_stable_decay"])
+def test_a_schedule_without_an_end_is_refused(name):
+    optimizer = build_optimizer(network(), name="sgd", lr=2.0, weight_decay=0.0, extra={})
+    with pytest.raises(UserError, match="when training ends"):
+        build_schedule(
+            optimizer,
+            name=name,
+            total_steps=None,
+            warmup_steps=0,
+            decay_share=1.0,
+            final_factor=0.1,
+        )

@@ -36,7 +36,7 @@ def benchmark(options: DataOptions) -> Report:
     experiment = _experiment(setting)
     vocabulary = build.build_vocabulary(experiment)
     with console.progress("prepare", apart=True) as told:
-        datamodule = build.build_datamodule(experiment, vocabulary, progress=told)
+        datamodule = build.build_pages(experiment, vocabulary, progress=told)
         datamodule.prepare_data()
     rows = announced(_rows(setting, datamodule))
     return Report("data", options, setting.environment(), rows)
@@ -88,7 +88,7 @@ def loaded(setting: Setting[DataOptions], placement: str, workers: int) -> Row:
     """Return images a second from the store to an augmented batch on the device, epoch by epoch."""
     more = [f"datamodule.placement={placement}"] if placements() else []
     experiment = _experiment(setting, f"datamodule.num_workers={workers}", *more)
-    datamodule = build.build_datamodule(experiment, build.build_vocabulary(experiment))
+    datamodule = build.build_pages(experiment, build.build_vocabulary(experiment))
     pl.seed_everything(experiment.seed, workers=True, verbose=False)
     datamodule.prepare_data()
     datamodule.setup("fit")

@@ -210,7 +210,7 @@ def pages_of_a_store(setting: Setting[ReadOptions]) -> Row:
         model = setting.recognizer(experiment)
         recognizer = Recognizer(model, vocabulary, experiment, device=setting.device)
     with console.progress("prepare", apart=True) as told:
-        datamodule = build.build_datamodule(experiment, recognizer.vocabulary, progress=told)
+        datamodule = build.build_pages(experiment, recognizer.vocabulary, progress=told)
         datamodule.prepare_data()
     datamodule.setup("test")
     lengths: list[int] = []

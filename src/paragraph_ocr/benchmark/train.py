@@ -148,7 +148,7 @@ def end_to_end(setting: Setting[TrainOptions], size: int) -> Row:
     experiment = next(iter(everywhere.values()))
     vocabulary = build.build_vocabulary(experiment)
     with console.progress("prepare", apart=True) as told:
-        datamodule = build.build_datamodule(experiment, vocabulary, progress=told)
+        datamodule = build.build_pages(experiment, vocabulary, progress=told)
         datamodule.prepare_data()
     batches = _epoch_on_device(everywhere["disk"], device)
     images, endless = sum(map(len, batches)) / len(batches), cycle(batches)
@@ -207,6 +207,6 @@ def _from_store(
 
 def _epoch_on_device(experiment: Experiment, device: torch.device) -> list[Batch]:
     """Return the training batches of an epoch, as the data module makes them."""
-    datamodule = build.build_datamodule(experiment, build.build_vocabulary(experiment))
+    datamodule = build.build_pages(experiment, build.build_vocabulary(experiment))
     datamodule.setup("fit")
     return [batch.to(device) for batch in datamodule.train_dataloader()]

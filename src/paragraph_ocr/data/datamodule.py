@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from paragraph_ocr import console
@@ -312,16 +312,16 @@ class ParagraphDataModule(pl.LightningDataModule):
             label_lengths=self._label_lengths(dataset) if self.length_buckets else None,
             buckets=self.length_buckets,
         )
-        placed = self.placement != "disk" and len(dataset) > 0
+        placed = self._is_placed(split)
         # starting workers takes longer than reading a few batches does
         few = len(dataset) <= 4 * self.batch_size
         workers = 0 if placed or few else self.num_workers
         return DataLoader(
-            self._place(split) if placed else BatchDataset(dataset, padding=self._padding),
+            self.batches(split),
             batch_size=None,  # the dataset makes whole batches
             sampler=order,
             num_workers=workers,
-            pin_memory=not placed and self._device.type == "cuda",
+            pin_memory=not placed and self.device.type == "cuda",
             persistent_workers=workers > 0,
             worker_init_fn=_one_thread,
             generator=torch.Generator().manual_seed(self.seed),
@@ -334,7 +334,20 @@ class ParagraphDataModule(pl.LightningDataModule):
         return np.array([len(self.vocabulary.prepare(texts[row])) for row in dataset.rows])
 
     @property
-    def _device(self) -> torch.device:
+    def train(self) -> ParagraphDataset | StackedDataset | HeldDataset:
+        return self._datasets["train"]
+
+    def batches(self, split: str) -> Dataset[Batch]:
+        """Return the batches of a split, each asked for by a list of positions."""
+        if self._is_placed(split):
+            return self._place(split)
+        return BatchDataset(self._datasets[split], padding=self._padding)
+
+    def _is_placed(self, split: str) -> bool:
+        return self.placement != "disk" and len(self._datasets[split]) > 0
+
+    @property
+    def device(self) -> torch.device:
         """Where the training is; without a trainer, the CPU."""
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
@@ -346,7 +359,7 @@ class ParagraphDataModule(pl.LightningDataModule):
         """
         if not self._placed:
             on_host = self.placement == "host"
-            device = None if on_host else self._device
+            device = None if on_host else self.device
             processes = self.trainer.world_size if self.trainer else 1
             # overfitting has one for all splits
             distinct = {
@@ -357,7 +370,7 @@ class ParagraphDataModule(pl.LightningDataModule):
             require_room(
                 distinct.values(), device=device, placement=self.placement, processes=processes
             )
-            pinned = on_host and self._device.type == "cuda"
+            pinned = on_host and self.device.type == "cuda"
             placed = {
                 key: PlacedDataset(dataset, device=device, pinned=pinned, padding=self._padding)
                 for key, dataset in distinct.items()

@@ -21,7 +21,7 @@ from paragraph_ocr.errors import UserError
 PADDED_LENGTH = 64
 """Labels are padded to a multiple of this, so that few lengths are left to record."""
 
-_MOST = 24
+_MOST = 64
 """Shapes recorded at most; further ones are computed step by step."""
 
 Loss = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]

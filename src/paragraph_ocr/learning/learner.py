@@ -1,13 +1,16 @@
 """How a recognizer learns: teacher forcing to train, loss and free-running reading to validate."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from jaxtyping import Int
+from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -35,7 +38,8 @@ class Learner(pl.LightningModule):
     """A recognizer with its optimizer, augmentation and metrics.
 
     Args:
-        schedule: makes the learning-rate schedule from the optimizer and the number of its steps.
+        schedule: makes the learning-rate schedule from the optimizer, the number of its steps, and what
+            returns the share of the training's time that is gone; either is None without such a limit.
         decoding: how validation and test read; see `Reader.read`.
         max_length: tokens that a reading may have.
         max_loss_to_read: batches with a higher loss are not read, and count as wholly unread; None reads all.
@@ -54,7 +58,7 @@ class Learner(pl.LightningModule):
         vocabulary: Vocabulary,
         *,
         optimizer: torch.optim.Optimizer,
-        schedule: Callable[[torch.optim.Optimizer, int], Any],
+        schedule: Callable[[torch.optim.Optimizer, int | None, Callable[[], float] | None], Any],
         augment: nn.Module,
         decoding: Any,
         max_length: int,
@@ -108,7 +112,9 @@ class Learner(pl.LightningModule):
         return kept
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        schedule = self._schedule(self.optimizer, int(self.trainer.estimated_stepping_batches))
+        steps = self.trainer.estimated_stepping_batches
+        total_steps = int(steps) if math.isfinite(steps) else None
+        schedule = self._schedule(self.optimizer, total_steps, _time_share(self.trainer))
         return {
             "optimizer": self.optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
@@ -246,6 +252,20 @@ class Learner(pl.LightningModule):
         for name, value in figures.items():
             # compute() has summed over all processes already
             self.log(f"{stage}/{name}", value, prog_bar=name == "cer", rank_zero_only=False)
+
+
+def _time_share(trainer: pl.Trainer) -> Callable[[], float] | None:
+    """Return what says which share of the training's time is gone; None if it has no limit."""
+    for timer in trainer.callbacks:
+        if isinstance(timer, Timer) and timer.time_remaining() is not None:
+            return partial(_share_gone, timer)
+    return None
+
+
+def _share_gone(timer: Timer) -> float:
+    gone, left = timer.time_elapsed(), timer.time_remaining()
+    assert left is not None
+    return gone / max(1e-9, gone + left)
 
 
 def add_token_noise(

@@ -1,6 +1,7 @@
 """Optimizers and schedules by name, with the parameters that should not decay left alone."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -185,16 +186,33 @@ def build_schedule(
     optimizer: torch.optim.Optimizer,
     *,
     name: str,
-    total_steps: int,
+    total_steps: int | None,
     warmup_steps: int,
+    decay_share: float,
     final_factor: float,
+    time_share: Callable[[], float] | None = None,
 ) -> LRScheduler:
     """Return the schedule, to be stepped after each optimizer step; its peak is the optimizer's rate.
 
-    one_cycle rises from a 25th of the peak (Smith & Topin 2018, torch's defaults) and so takes no
-    warm-up of its own.
+    warmup_stable_decay keeps the peak until the last `decay_share` (Hu et al. 2024), which is half a cosine,
+    as is the whole of cosine. one_cycle rises from a 25th of the peak (Smith & Topin 2018, torch's
+    defaults) and so takes no warm-up of its own.
+
+    Args:
+        total_steps: None if the steps have no limit.
+        time_share: returns the share of the training's time that is gone, if that has a limit; the
+            schedule is as far as the steps or the time, whichever is further.
+
+    Raises:
+        UserError: the schedule needs an end, and there is none.
     """
+    if total_steps is None and (name == "one_cycle" or (name != "constant" and not time_share)):
+        needed = "trainer.max_steps" if name == "one_cycle" else "trainer.max_time"
+        raise UserError(
+            f"schedule={name} needs to know when training ends. Pass {needed}, or schedule=constant."
+        )
     if name == "one_cycle":
+        assert total_steps is not None
         peaks = [group["lr"] for group in optimizer.param_groups]
         # cycling Adam's momentum too would override optimizer.extra
         return OneCycleLR(
@@ -210,7 +228,13 @@ def build_schedule(
             return (step + 1) / (warmup_steps + 1)
         if name == "constant":
             return 1.0
-        done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return final_factor + (1 - final_factor) * 0.5 * (1 + math.cos(math.pi * done))
+        done = 0.0
+        if total_steps is not None:
+            done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        if time_share is not None:
+            done = max(done, time_share())
+        decay = decay_share if name == "warmup_stable_decay" else 1.0
+        decayed = min(1.0, max(0.0, 1 - (1 - done) / decay) if decay else float(done >= 1))
+        return final_factor + (1 - final_factor) * 0.5 * (1 + math.cos(math.pi * decayed))
 
     return LambdaLR(optimizer, factor)

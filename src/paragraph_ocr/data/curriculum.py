@@ -1,0 +1,289 @@
+"""A curriculum: stages of training pages, each a mix of corpora, each left once it is learnt."""
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from paragraph_ocr import console
+from paragraph_ocr.batch import Batch
+from paragraph_ocr.data.corpus import Corpus, store_path
+from paragraph_ocr.data.datamodule import ParagraphDataModule
+from paragraph_ocr.errors import UserError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is trained on for a while."""
+
+    shares: Mapping[str, float]
+    """Of each corpus among the batches; they need not add up to 1."""
+    batch_size: int
+    below: float | None
+    """The stage is over once the mean loss of its batches since the last look is below this."""
+    max_steps: int | None
+    """Or after so many steps; the last stage has neither."""
+
+
+class Draw(NamedTuple):
+    """Where a batch comes from."""
+
+    stage: int
+    corpus: str
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Stages, and how a batch of each is drawn: seed, look and step alone decide.
+
+    Args:
+        look_every: steps between two looks at whether a stage is over; Lightning's epochs.
+        replay: share of the batches that come from earlier stages, all alike.
+    """
+
+    stages: Sequence[Stage]
+    look_every: int
+    replay: float
+    seed: int
+
+    def draw(self, stage: int, look: int, step: int) -> tuple[Draw, np.random.Generator]:
+        """Return what the batch of a step is drawn from, and what draws it."""
+        generator = np.random.default_rng([self.seed, look, step])
+        if stage and generator.random() < self.replay:
+            stage = int(generator.integers(stage))
+        names = list(self.stages[stage].shares)
+        shares = np.array([*self.stages[stage].shares.values()])
+        return Draw(stage, names[generator.choice(len(names), p=shares / shares.sum())]), generator
+
+    def is_over(self, stage: int, *, loss: float | None, steps: int) -> bool:
+        """Return whether to go on to the next stage.
+
+        Args:
+            loss: mean of the stage's batches since the last look; None if there were none.
+            steps: since the stage began.
+        """
+        asked = self.stages[stage]
+        learnt = asked.below is not None and loss is not None and loss < asked.below
+        return learnt or (asked.max_steps is not None and steps >= asked.max_steps)
+
+
+class CurriculumDataModule(pl.LightningDataModule):
+    """Training batches of a curriculum; validation and test are those of the pages themselves.
+
+    The pages and the first stage are prepared before training, the other stages by a process beside
+    it, in their order. An epoch is `look_every` steps.
+
+    Args:
+        pages: the corpus that the model is for.
+        corpora: by the names that the stages use, `pages` among them.
+    """
+
+    def __init__(
+        self,
+        pages: ParagraphDataModule,
+        corpora: Mapping[str, ParagraphDataModule],
+        curriculum: Curriculum,
+    ) -> None:
+        super().__init__()
+        self.pages, self.corpora, self.curriculum = pages, corpora, curriculum
+        self.stage = 0
+        self._ready: dict[str, Dataset[Batch]] = {}
+        self._beside: subprocess.Popen[bytes] | None = None
+        self._start = (0, 0)  # look, and steps done since
+
+    def prepare_data(self) -> None:
+        """Make the stores that training begins with, and begin to make the others."""
+        needed = list(dict.fromkeys(name for s in self.curriculum.stages for name in s.shares))
+        first = [name for name in needed if name in self.curriculum.stages[0].shares]
+        for name in {**dict.fromkeys(first), **{n: None for n in needed if self._is_pages(n)}}:
+            self.corpora[name].prepare_data()
+        self.pages.prepare_data()
+        later = [self.corpora[n] for n in needed if not store_path(*self._store(n)).exists()]
+        if later and self._beside is None:
+            self._beside = prepare_beside([module.corpus for module in later], self.pages.root)
+
+    def _is_pages(self, name: str) -> bool:
+        return self.corpora[name] is self.pages
+
+    def _store(self, name: str) -> tuple[Corpus, Path]:
+        return self.corpora[name].corpus, self.corpora[name].root
+
+    def setup(self, stage: str | None = None) -> None:
+        self.pages.trainer = self.trainer
+        self.pages.setup(stage)
+
+    def teardown(self, stage: str) -> None:
+        if self._beside is not None and stage == "fit":
+            self._beside.kill()
+            self._beside.wait()
+            self._beside = None
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        mixed = MixedDataset(self._ready)
+        placed = self.pages.placement != "disk"
+        return DataLoader(
+            mixed,
+            batch_size=None,  # the dataset makes whole batches
+            sampler=CurriculumOrder(self),
+            # started anew at each look, which sees the corpora of a new stage
+            num_workers=0 if placed else self.pages.num_workers,
+            pin_memory=not placed and self.pages.device.type == "cuda",
+            generator=torch.Generator().manual_seed(self.curriculum.seed),
+        )
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self.pages.val_dataloader()
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self.pages.test_dataloader()
+
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        return self.pages.transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def lengths(self) -> dict[str, int]:
+        """Return how many paragraphs each corpus of the stages so far has, made ready if need be."""
+        for stage in self.curriculum.stages[: self.stage + 1]:
+            for name in stage.shares:
+                if name not in self._ready:
+                    self._make_ready(name)
+        return {name: len(self.corpora[name].train) for name in self._ready}
+
+    def _make_ready(self, name: str) -> None:
+        """Open a corpus, once its store is there."""
+        module, began = self.corpora[name], time.monotonic()
+        path = store_path(*self._store(name))
+        while not path.exists() and self._beside is not None and self._beside.poll() is None:
+            time.sleep(0.05)
+        if not path.exists():
+            module.prepare_data()  # the process beside has failed; here its reason is seen
+        if (waited := time.monotonic() - began) > 1:
+            console.warn(f"curriculum: training has waited {waited:.0f} s for the pages of {name}.")
+        module.trainer = self.trainer
+        module.setup("fit")
+        self._ready[name] = module.batches("train")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where in the curriculum the training stands, and in what."""
+        assert self.trainer is not None
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.total.state_dict()
+        per_look = max(1, int(self.trainer.num_training_batches))
+        look, step = divmod(progress["processed"], per_look)
+        texts = {name: self.corpora[name].train.store.digest() for name in self._ready}
+        return {"look": look, "step": step, "stage": self.stage, "texts": texts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the training stood.
+
+        Raises:
+            UserError: a store holds other paragraphs than then.
+        """
+        self.stage = state_dict["stage"]
+        self._start = state_dict["look"], state_dict["step"]
+        self.lengths()
+        for name, digest in state_dict["texts"].items():
+            store = self.corpora[name].train.store
+            if store.digest() != digest:
+                raise UserError(
+                    f"{store.path} holds other paragraphs than when this run began. Bring back the "
+                    "data, or start a new run with model.weights=<run folder>."
+                )
+
+    def start_of(self, look: int) -> int:
+        """Return how many of a look's steps are done: those before a resumed run."""
+        return self._start[1] if look == self._start[0] else 0
+
+    @property
+    def first_look(self) -> int:
+        return self._start[0]
+
+    def __repr__(self) -> str:
+        stages = "\n".join(
+            f"stage {number}: {', '.join(stage.shares)}, {stage.batch_size} together, "
+            + (", ".join(_ends(stage)) or "to the end")
+            for number, stage in enumerate(self.curriculum.stages)
+        )
+        return f"{self.pages!r}\n{stages}"
+
+
+def _ends(stage: Stage) -> Iterator[str]:
+    if stage.below is not None:
+        yield f"until train/loss is below {stage.below:g}"
+    if stage.max_steps is not None:
+        yield f"for {stage.max_steps:,} steps at most"
+
+
+class MixedDataset(Dataset[Batch]):
+    """Batches of several datasets, each asked for by its name and positions."""
+
+    def __init__(self, datasets: Mapping[str, Any]) -> None:
+        self.datasets = datasets
+
+    def __getitem__(self, asked: tuple[str, list[int]]) -> Batch:
+        name, positions = asked
+        return self.datasets[name][positions]
+
+
+class CurriculumOrder(DistributedSampler[tuple[str, list[int]]]):
+    """The corpus and positions of each step of a look, at the stage that is reached when it begins.
+
+    By type a DistributedSampler, because Lightning would wrap any other.
+    """
+
+    def __init__(self, module: CurriculumDataModule) -> None:
+        self.module = module
+        self.epoch = module.first_look  # the first iterator is made before Lightning sets it
+
+    def __len__(self) -> int:
+        return self.module.curriculum.look_every
+
+    def __iter__(self) -> Iterator[tuple[str, list[int]]]:
+        lengths = self.module.lengths()
+        steps = range(self.module.start_of(self.epoch), len(self))
+        return iter([self._step(step, lengths) for step in steps])
+
+    def _step(self, step: int, lengths: Mapping[str, int]) -> tuple[str, list[int]]:
+        curriculum = self.module.curriculum
+        draw, generator = curriculum.draw(self.module.stage, self.epoch, step)
+        length = lengths[draw.corpus]
+        size = min(curriculum.stages[draw.stage].batch_size, length)
+        positions = generator.choice(length, size=size, replace=False)
+        # a position beyond the length is the same paragraph, augmented or stacked anew
+        return draw.corpus, (positions + self.epoch * length).tolist()
+
+
+def prepare_beside(corpora: Sequence[Corpus], root: Path) -> "subprocess.Popen[bytes]":
+    """Start a process that prepares the corpora one after the other, and ends with this one."""
+    program = "from paragraph_ocr.data.curriculum import _prepare_all; _prepare_all()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdin is not None
+    process.stdin.write(pickle.dumps((corpora, root, os.getpid())))
+    process.stdin.close()
+    return process
+
+
+def _prepare_all() -> None:
+    """Prepare the corpora that the parent process has written, politely."""
+    corpora, root, parent = pickle.load(sys.stdin.buffer)  # from this package, not from a file
+    os.nice(10)
+
+    def watch(done: int, total: int) -> None:
+        if os.getppid() != parent:
+            sys.exit()
+
+    for corpus in corpora:
+        corpus.prepare(root, num_workers=max(1, (os.cpu_count() or 1) - 1), progress=watch)

@@ -1,0 +1,121 @@
+"""Stages of a curriculum, drawn and followed."""
+
+import subprocess
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from paragraph_ocr import build
+from paragraph_ocr.data.corpus import store_path
+from paragraph_ocr.data.curriculum import Curriculum, Stage, prepare_beside
+from paragraph_ocr.errors import UserError
+from paragraph_ocr.validation import compose, validate
+from small_curriculum import SMALL_CURRICULUM
+
+STAGES = (
+    Stage({"lines": 1.0}, 8, below=0.8, max_steps=None),
+    Stage({"lines": 1.0, "pages": 3.0}, 4, below=0.5, max_steps=100),
+    Stage({"pages": 1.0}, 2, below=None, max_steps=None),
+)
+
+
+def curriculum(replay=0.2, seed=0):
+    return Curriculum(STAGES, look_every=10, replay=replay, seed=seed)
+
+
+def draws(plan, stage, count=4000):
+    return [plan.draw(stage, step // 10, step % 10)[0] for step in range(count)]
+
+
+def test_batches_come_from_corpora_and_earlier_stages_by_their_shares():
+    first, second, last = (Counter(draws(curriculum(), stage)) for stage in range(3))
+    assert set(first) == {(0, "lines")}
+    assert second[0, "lines"] == pytest.approx(800, rel=0.15)
+    assert second[1, "pages"] == pytest.approx(3200 * 3 / 4, rel=0.1)
+    assert last[2, "pages"] == pytest.approx(3200, rel=0.05)
+    earlier = [sum(n for (stage, _), n in last.items() if stage == number) for number in (0, 1)]
+    assert earlier == pytest.approx([400, 400], rel=0.2)
+    assert {draw.stage for draw in draws(curriculum(replay=0.0), 2)} == {2}
+
+
+def test_draws_depend_on_seed_look_and_step_alone():
+    assert draws(curriculum(), 1, 50) == draws(curriculum(), 1, 50)
+    assert draws(curriculum(), 1, 50) != draws(curriculum(seed=1), 1, 50)
+
+
+@pytest.mark.parametrize(
+    ("stage", "loss", "steps", "over"),
+    [
+        (0, 0.79, 1, True), (0, 0.81, 10_000, False), (0, None, 10_000, False),
+        (1, 0.6, 99, False), (1, 0.6, 100, True), (1, None, 100, True), (2, 0.0, 10_000, False),
+    ],
+)  # fmt: skip
+def test_a_stage_is_over_once_its_loss_is_low_or_its_steps_are_done(stage, loss, steps, over):
+    assert curriculum().is_over(stage, loss=loss, steps=steps) is over
+
+
+@pytest.fixture
+def small(tmp_path):
+    experiment = validate(compose([*SMALL_CURRICULUM, "model=tiny", f"outputs={tmp_path}"]))
+    module = build.build_datamodule(experiment, build.build_vocabulary(experiment))
+    module.prepare_data()
+    module.setup("fit")
+    yield module
+    module.teardown("fit")
+
+
+def test_each_stage_has_its_canvas_and_batch_and_later_ones_wait_for_their_pages(small):
+    order = small.train_dataloader().sampler
+    seen = []
+    for stage in range(3):
+        small.stage = stage
+        seen.append([tuple(batch.images.shape) for batch in small.train_dataloader()])
+    assert len(order) == 3
+    assert set(seen[0]) == {(8, 1, 32, 224)}
+    # replay: the stages before
+    assert set(seen[1]) <= {(4, 1, 64, 224), (4, 1, 32, 224), (8, 1, 32, 224)}
+    assert (2, 1, 96, 224) in seen[2]
+    assert [batch.images.shape[2] for batch in small.val_dataloader()] == [96]
+
+
+def test_looks_differ_and_a_look_is_the_same_twice(small):
+    order = small.train_dataloader().sampler
+    first, again = [*order], [*order]
+    order.set_epoch(1)
+    second = [*order]
+    assert first == again
+    assert first != second
+    lengths = small.lengths()
+    for name, positions in [*first, *second]:
+        assert len(set(np.array(positions) % lengths[name])) == len(positions), "without repetition"
+
+
+def test_pages_are_prepared_beside_and_not_for_a_parent_that_is_gone(tmp_path):
+    experiment = validate(compose([*SMALL_CURRICULUM, "model=tiny", f"outputs={tmp_path}"]))
+    module = build.build_datamodule(experiment, build.build_vocabulary(experiment))
+    corpora = [module.corpora[name].corpus for name in ("one_line", "two_lines")]
+    root = tmp_path / "data"
+    process = prepare_beside(corpora, root)
+    assert process.wait(timeout=120) == 0
+    assert all(store_path(corpus, root).exists() for corpus in corpora)
+
+
+def test_what_fails_beside_is_told_where_it_is_needed(small, monkeypatch, tmp_path):
+    small.teardown("fit")
+    path = store_path(small.corpora["two_lines"].corpus, small.pages.root)
+    path.unlink(missing_ok=True)
+
+    def refuse(*_, **__):
+        raise UserError("no room")
+
+    monkeypatch.setattr(type(small.corpora["two_lines"].corpus), "prepare", refuse)
+    failed = subprocess.Popen(["false"])
+    failed.wait()
+    small._beside, small.stage = failed, 1
+    began = time.monotonic()
+    with pytest.raises(UserError, match="no room"):
+        small.lengths()
+    assert time.monotonic() - began < 5
+    small._beside = None
