@@ -1,7 +1,6 @@
 """Reading by a few operations a step, compared with the plain loop that decodes the prefix anew each time."""
 
 import itertools
-import time
 
 import pytest
 import torch
@@ -96,27 +95,6 @@ def test_the_weights_of_today_are_read_with():
     assert written.tolist() == expected.tolist()
     assert torch.allclose(scores, expected_scores, atol=1e-4)
     assert not torch.allclose(scores, before)
-
-
-def test_laying_out_the_weights_of_the_reference_takes_milliseconds():
-    decoder = Decoder(
-        num_tokens=84,
-        depth=4,
-        width=256,
-        heads=4,
-        feed_forward=1024,
-        dropout=0.0,
-        norm="post",
-        tied=False,
-        max_length=682,
-    ).eval()
-    memory = torch.randn(1, 360, 256)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        read(decoder, memory, None, end=None, max_length=2)
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 0.1  # 0.01 on an idle machine
 
 
 def test_a_stall_has_one_thread_go_on_alone_for_a_while(monkeypatch):

@@ -58,8 +58,9 @@ def read_greedily(
         tokens = torch.full_like(rows, start)
         for step in range(max_length - 1):
             threads.begin_step()
-            scores[rows, step], tokens = steps.next(tokens)
-            written[rows, step] = tokens
+            best, tokens = steps.next(tokens)
+            scores.select(1, step).index_copy_(0, rows, best)
+            written.select(1, step).index_copy_(0, rows, tokens)
             if end is None or end not in tokens.tolist():
                 continue
             going = (tokens != end).nonzero()[:, 0]
@@ -134,8 +135,12 @@ class _Product:
         return self.out
 
 
+_Norm = tuple[tuple[int, ...], Tensor, Tensor, float]
+"""What torch.layer_norm takes after its input; by name it would take longer."""
+
+
 class _LayerSteps(NamedTuple):
-    norms: list[Callable[[Tensor], Tensor]]
+    norms: list[_Norm]
     own: _Product  # to queries, keys and values
     own_out: _Product
     cross: _Product  # to queries
@@ -244,8 +249,7 @@ class _Steps:
         keys = self._keys[..., : self._length].unbind(0)
         values = self._values[:, :, : self._length].unbind(0)
         for index, layer in enumerate(self._layers):
-            inputs = self._inputs(states, layer.norms[0])
-            layer.own(inputs)
+            layer.own(self._inputs(states, layer.norms[0]))
             own_queries, own_keys_values = self._projected[index]
             newest[index].copy_(own_keys_values)
             self._queries.copy_(own_queries)
@@ -258,17 +262,18 @@ class _Steps:
 
             hidden = layer.expand(self._inputs(states, layer.norms[2])).relu_()
             states = self._join(states, layer.contract(hidden), layer.norms[2])
-        last = states if self._norm is None else self._norm(states)
-        logits = self._read_out(last.to(self._dtype)).float()
-        best, likeliest = logits.log_softmax(dim=-1).max(dim=-1)
+        last = states if self._norm is None else torch.layer_norm(states, *self._norm)
+        logs = self._read_out(last.to(self._dtype)).float().log_softmax(dim=-1)
+        best, likeliest = logs.max(dim=-1)
         return best, likeliest
 
-    def _inputs(self, states: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
-        return (norm(states) if self._pre else states).to(self._dtype)
+    def _inputs(self, states: Tensor, norm: _Norm) -> Tensor:
+        inputs = torch.layer_norm(states, *norm) if self._pre else states
+        return inputs if inputs.dtype == self._dtype else inputs.to(self._dtype)
 
-    def _join(self, states: Tensor, update: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    def _join(self, states: Tensor, update: Tensor, norm: _Norm) -> Tensor:
         total = states + update
-        return total if self._pre else norm(total)
+        return total if self._pre else torch.layer_norm(total, *norm)
 
     def _attend(
         self,
@@ -285,11 +290,5 @@ class _Steps:
         torch.bmm(scores.softmax(dim=-1), values, out=self._attended)
 
 
-def _norm(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
-    return partial(
-        torch.layer_norm,
-        normalized_shape=norm.normalized_shape,
-        weight=norm.weight,
-        bias=norm.bias,
-        eps=norm.eps,
-    )
+def _norm(norm: nn.LayerNorm) -> _Norm:
+    return norm.normalized_shape, norm.weight, norm.bias, norm.eps
