@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -74,17 +73,16 @@ def generate(
     max_length: int,
 ) -> list[Reading]:
     """Return a reading for each row, of at most max_length tokens with start and end."""
-    if isinstance(decoding, Greedy) and memory.is_cuda and _HAS_TRITON:
-        return _greedy_on_gpu(decoder, memory, memory_mask, special, decoding, max_length)
+    if isinstance(decoding, Greedy):
+        return _greedy(decoder, memory, memory_mask, special, decoding, max_length)
     cache = decoder.start(memory, memory_mask, max_length=max_length)
-    read: Any = _beam if isinstance(decoding, Beam) else _greedy
     few = memory.device.type == "cpu" and len(memory) <= _ROWS_FOR_ONE_THREAD
     # cuDNN's attention makes a plan for each new length, 70 ms each, and here each step is one
     with (
         _one_thread() if few else nullcontext(),
         sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
     ):
-        return read(decoder, cache, len(memory), special, decoding, max_length)
+        return _beam(decoder, cache, len(memory), special, decoding, max_length)
 
 
 @contextmanager
@@ -97,7 +95,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _greedy_on_gpu(
+def _greedy(
     decoder: Decoder,
     memory: Tensor,
     memory_mask: Tensor | None,
@@ -105,7 +103,10 @@ def _greedy_on_gpu(
     decoding: Greedy,
     max_length: int,
 ) -> list[Reading]:
-    from paragraph_ocr.model.gpu_steps import read_greedily
+    if memory.is_cuda and _HAS_TRITON:
+        from paragraph_ocr.model.gpu_steps import read_greedily
+    else:
+        from paragraph_ocr.model.eager_steps import read_greedily
 
     written, scores = read_greedily(
         decoder,
@@ -116,40 +117,6 @@ def _greedy_on_gpu(
         pad=special.pad,
         max_length=max_length,
     )
-    return _readings(written[:, : max_length - 1], scores, special)
-
-
-def _greedy(
-    decoder: Decoder,
-    cache: Cache,
-    batch: int,
-    special: SpecialTokens,
-    decoding: Greedy,
-    max_length: int,
-) -> list[Reading]:
-    device = cache.crosses[0].device
-    # looking at the ended rows waits for a GPU, and costs nothing on a CPU
-    steps_between_looks = 8 if device.type == "cuda" else 1
-    written = torch.full((batch, max_length), special.pad, device=device)
-    scores = torch.zeros(batch, max_length, device=device)
-    tokens = torch.full((batch,), special.start, device=device)
-    rows = torch.arange(batch, device=device)
-    ended = torch.zeros(batch, dtype=torch.bool, device=device)
-    for step in range(max_length - 1):
-        logits = decoder.step(tokens, cache).float()
-        best, tokens = logits.log_softmax(dim=-1).max(dim=-1)
-        tokens = torch.where(ended, special.pad, tokens)
-        written[rows, step] = tokens
-        scores[rows, step] = best.masked_fill(ended, 0.0)
-        if decoding.ignore_end:
-            continue
-        ended = ended | (tokens == special.end)
-        if step % steps_between_looks == 0 and ended.any():
-            going = (~ended).nonzero()[:, 0]
-            if len(going) == 0:
-                break
-            cache.keep(going)
-            rows, tokens, ended = rows[going], tokens[going], ended[going]
     return _readings(written[:, : max_length - 1], scores, special)
 
 
