@@ -167,6 +167,7 @@ def build_corpus(data: DataConfig, characters: str, *, seed: int) -> Corpus:
             fields = _without_loading(data)
             fields["fonts"] = None if data.fonts is None else Path(data.fonts)
             fields["texts"] = None if data.texts is None else Path(data.texts)
+            fields["held_out"] = tuple(data.held_out)
             return SyntheticCorpus(**fields, characters=characters, seed=seed)
         case GeneratedData():
             return FakeCorpus(**_without_loading(data), characters=characters, seed=seed)

@@ -79,6 +79,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "datamodule.num_val": (1, 100_000_000),
     "datamodule.num_test": (1, 100_000_000),
     "datamodule.random_share": (0, 1),
+    "datamodule.jitter": (0, 2),
+    "datamodule.pressure": (0, 1),
     "datamodule.min_overlap": (0, 0.9),
     "datamodule.max_overlap": (0, 0.9),
     "regularization.dropout": (0, 0.99),

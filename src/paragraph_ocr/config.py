@@ -93,8 +93,11 @@ class GeneratedData(DataConfig):
 @dataclass
 class RenderedData(GeneratedData):
     fonts: str | None = None
+    held_out: list[str] = field(default_factory=list)
     texts: str | None = None
     random_share: float = MISSING
+    jitter: float = 0.0
+    pressure: float = 0.0
 
 
 @dataclass

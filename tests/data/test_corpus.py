@@ -49,6 +49,9 @@ def test_every_field_that_changes_the_paragraphs_changes_the_path(few_notes, noi
         "random_share": 0.5,
         "seed": 1,
         "characters": few_notes.characters[1:],
+        "held_out": ("Zeyada",),
+        "jitter": 0.5,
+        "pressure": 0.5,
     }
     for corpus in (few_notes, noise):
         prints = [corpus.fingerprint()]

@@ -27,7 +27,7 @@ def faces(notes):
 
 @pytest.fixture(scope="module")
 def drawn(notes, faces):
-    """For each canvas: the words and the drawing, every face several times, short and long."""
+    """For each canvas: words and drawing, every face several times, short and long, even and careless."""
     passages = Passages(None, characters=notes.characters, random_share=0.25)
     made = {name: [] for name in CANVASES}
     for name, number in itertools.product(CANVASES, range(5)):
@@ -36,7 +36,8 @@ def drawn(notes, faces):
             generator = np.random.default_rng([number, place])
             length = [low, (low + high) // 2, high][number % 3]
             words = passages.draw(generator, "train", length=length, minimum=low, maximum=high)
-            drawing = render(words, face, **CANVASES[name], generator=generator)
+            hand = {"jitter": 1.0, "pressure": 0.5} if number % 2 else {}
+            drawing = render(words, face, **CANVASES[name], **hand, generator=generator)
             made[name].append((words, drawing))
     return made
 
@@ -129,6 +130,50 @@ def test_the_same_generator_draws_the_same_page(faces):
     )
     assert (first.image == second.image).all()
     assert first.lines == second.lines
+
+
+def test_with_jitter_no_two_letters_are_alike(faces):
+    def letters(jitter):
+        drawing = render(
+            ["oooo"] * 3,
+            faces[2],
+            **CANVASES["note"],
+            jitter=jitter,
+            generator=np.random.default_rng(1),
+        )
+        return {(right - left, bottom - top) for left, top, right, bottom in drawing.letters}
+
+    assert len(letters(1.0)) > 2 * len(letters(0.0))
+
+
+def test_pressure_takes_ink_away_and_adds_none_elsewhere(faces):
+    plain, pressed = (
+        render(
+            ["summer"] * 9, faces[2], **CANVASES["note"], pressure=pressure,
+            generator=np.random.default_rng(1),
+        ).image.astype(int)
+        for pressure in (0.0, 0.8)
+    )  # fmt: skip
+    assert (pressed > plain).sum() <= 0.01 * (plain > 0).sum()
+    assert 0.2 * plain.sum() < pressed.sum() < 0.9 * plain.sum()
+
+
+def test_faces_that_are_held_out_are_not_trained_on(few_notes, tmp_path):
+    from dataclasses import replace
+
+    from paragraph_ocr.data.store import Store
+
+    held = ("Zeyada", "Kalam-Light")
+    corpus = replace(few_notes, held_out=held)
+    store = Store(corpus.prepare(tmp_path, num_workers=0))
+    of = {s: {store.writers[row] for row in store.rows(s)} for s in ("train", "val", "test")}
+    assert of["val"] | of["test"] <= set(held)
+    assert not of["train"] & set(held)
+    with pytest.raises(UserError, match="Zeyada"):
+        replace(few_notes, held_out=("Zeyad",)).prepare(tmp_path, num_workers=0)
+    everyone = tuple(face.name for face in load_faces(None, characters=corpus.characters)[0])
+    with pytest.raises(UserError, match="no face to train on"):
+        replace(few_notes, held_out=everyone).prepare(tmp_path, num_workers=0)
 
 
 def test_fewer_words_than_lines_give_a_line_a_word(faces):

@@ -174,7 +174,7 @@ def _draws(font: ImageFont.FreeTypeFont, character: str) -> bool:
     return right > left and bottom > top
 
 
-@lru_cache(maxsize=1024)  # some 13 faces x 40 sizes, 100 kB each
+@lru_cache(maxsize=4096)  # some 50 faces x 40 sizes, 50 kB each
 def _glyphs(path: Path, size_px: int, weight: int | None) -> Glyphs:
     return Glyphs(_open(path, size_px, weight))
 

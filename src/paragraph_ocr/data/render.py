@@ -18,7 +18,7 @@ import numpy as np
 
 from paragraph_ocr.data.fonts import Face
 
-RENDERER_VERSION = 3
+RENDERER_VERSION = 4
 """Part of every rendered store's fingerprint: raise it whenever the same arguments draw otherwise."""
 
 LARGEST_PX = 64
@@ -38,6 +38,15 @@ _BLUR_PX = 2
 """How far the pen's blur spreads ink: half its kernel."""
 
 _LEVELS = np.arange(256) / 255
+
+_JITTER = np.array([0.07, 0.07, 0.12, 0.04, 0.03, 0.06])
+"""Standard deviations at a jitter of 1: width, height, slant, turn (radians), lift and gap (em)."""
+
+_SIZES_PX = 8
+"""Letters that are to be warped are drawn in multiples of this size."""
+
+_STROKE_PX = 12
+"""Distance over which the pen's pressure changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +82,19 @@ def render(
     width: int,
     min_lines: int,
     max_lines: int,
+    jitter: float = 0.0,
+    pressure: float = 0.0,
     generator: np.random.Generator,
 ) -> Drawing:
     """Return the words as one paragraph on a canvas of the given size in pixels, all ink inside.
 
     Drawn at random from the generator: number of lines, size, spacing, slant, slope, margins, pen.
     Fewer words than `min_lines` give as many lines as there are words.
+
+    Args:
+        jitter: how much each letter differs from others of its kind in size, slant, turn, place and
+            distance; 1 is a careless hand, 0 sets type.
+        pressure: share of the ink that comes and goes along the page.
     """
     uniform = generator.uniform
     spacing = uniform(0.85, 1.3) * face.height  # em from line to line
@@ -113,7 +129,15 @@ def render(
     weight = None if face.weights is None else round(uniform(*face.weights) / 100) * 100
     slant = math.tan(math.radians(generator.normal(3, 6)))
     set_lines = [
-        _set_line(line, face, size_px, weight, space_px=space * size_px, generator=generator)
+        _set_line(
+            line,
+            face,
+            size_px,
+            weight,
+            space_px=space * size_px,
+            jitter=jitter,
+            generator=generator,
+        )
         for line in lines
     ]
     lefts = generator.normal(0, 0.15 * size_px, size=len(lines))
@@ -125,7 +149,7 @@ def render(
         sheet, boxes, letters, slant=slant, inner=inner, margins=margins, height=height, width=width,
         wander_px=size_px * uniform(0.02, 0.09), generator=generator,
     )  # fmt: skip
-    part = _ink(part, size_px=size_px, generator=generator)
+    part = _ink(part, size_px=size_px, pressure=pressure, generator=generator)
     image = np.zeros((height, width), np.uint8)
     image[top : top + part.shape[0], left : left + part.shape[1]] = part
     return Drawing(image, tuple(map(" ".join, lines)), boxes, letters)
@@ -185,28 +209,69 @@ def _set_line(
     weight: int | None,
     *,
     space_px: float,
+    jitter: float,
     generator: np.random.Generator,
 ) -> Line:
     """Return the letters of a level line; words vary a little in height, size and distance."""
     shifts = generator.normal(0, 0.025 * size_px, size=len(words))
     gaps = space_px * generator.uniform(0.8, 1.3, size=len(words))
     sizes = size_px + np.rint(generator.normal(0, 0.03 * size_px, size=len(words))).astype(int)
-    inks, boxes = [], []
-    pen = 0.0
-    for word, shift, gap, size in zip(
-        words, shifts.tolist(), gaps.tolist(), sizes.tolist(), strict=True
-    ):
-        glyphs = face.glyphs(max(SMALLEST_PX, size), weight)
-        baseline = round(shift)
-        for character in word:
-            ink, left, top, advance = glyphs[character]
-            left += round(pen)
-            top += baseline
-            inks.append(ink)
-            boxes.append((left, top, left + ink.shape[1], top + ink.shape[0]))
-            pen += advance
-        pen += gap
-    return Line(inks, np.array(boxes))
+    sizes = np.maximum(SMALLEST_PX, sizes)
+    # letters that are warped are drawn in few sizes, larger than needed
+    drawn = -(-sizes // _SIZES_PX) * _SIZES_PX if jitter else sizes
+    sets = [face.glyphs(size, weight) for size in drawn.tolist()]
+    letters = [
+        glyphs[character] for word, glyphs in zip(words, sets, strict=True) for character in word
+    ]
+    lengths = np.array([*map(len, words)])
+    inks = [letter.ink for letter in letters]
+    corners = np.array([(letter.left, letter.top) for letter in letters])
+    boxes = np.concatenate([corners, corners + [ink.shape[::-1] for ink in inks]], axis=1)
+    advances = np.array([letter.advance for letter in letters])
+    if jitter:
+        scales = np.repeat(sizes / drawn, lengths)
+        inks, boxes, advances = _varied(inks, boxes, advances, scales, size_px, jitter, generator)
+    steps = advances.copy()
+    steps[np.cumsum(lengths) - 1] += gaps
+    pens = np.rint(np.cumsum(steps) - steps)
+    baselines = np.rint(np.repeat(shifts, lengths))
+    moved = np.stack([pens, baselines] * 2, axis=1).astype(int)
+    return Line(inks, boxes + moved)
+
+
+def _varied(
+    inks: Sequence[np.ndarray],
+    boxes: np.ndarray,
+    advances: np.ndarray,
+    scales: np.ndarray,
+    size_px: int,
+    jitter: float,
+    generator: np.random.Generator,
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Return each letter as it comes this time: stretched, slanted, turned and lifted, on the baseline.
+
+    Args:
+        boxes: "letters 4" from where the pen stands on the baseline; so are those returned.
+        scales: by which each letter is smaller than it was drawn.
+    """
+    drawn = generator.normal(0, jitter, size=(len(inks), len(_JITTER))).clip(-2, 2) * _JITTER
+    wide, high, slant, turn, lift, gap = drawn.T
+    linear = np.empty((len(inks), 2, 2))
+    linear[:, 0, 0], linear[:, 0, 1] = scales * (1 + wide), scales * (slant - turn)
+    linear[:, 1, 0], linear[:, 1, 1] = scales * turn, scales * (1 + high)
+    lifts = np.stack([np.zeros_like(lift), lift * size_px], axis=1)
+    corners = boxes[:, [[0, 1], [2, 1], [0, 3], [2, 3]]]  # (n, 4 corners, xy)
+    placed = corners @ linear.transpose(0, 2, 1) + lifts[:, None]
+    low = np.floor(placed.min(axis=1)).astype(int) - 1
+    high_ends = np.ceil(placed.max(axis=1)).astype(int) + 1
+    shifts = (linear @ boxes[:, :2, None])[:, :, 0] + lifts - low
+    matrices = np.concatenate([linear, shifts[:, :, None]], axis=2)
+    sizes = (high_ends - low).tolist()
+    varied = [
+        cv2.warpAffine(ink, matrix, size, flags=cv2.INTER_LINEAR)
+        for ink, matrix, size in zip(inks, matrices, sizes, strict=True)
+    ]
+    return varied, np.concatenate([low, high_ends], axis=1), advances * scales * (1 + wide + gap)
 
 
 def _lay(
@@ -325,7 +390,9 @@ def _axis(length: int) -> tuple[np.ndarray, np.ndarray]:
     return points, weights
 
 
-def _ink(image: np.ndarray, *, size_px: int, generator: np.random.Generator) -> np.ndarray:
+def _ink(
+    image: np.ndarray, *, size_px: int, pressure: float, generator: np.random.Generator
+) -> np.ndarray:
     """Return the image with the pen's width and the ink's strength drawn at random."""
     blur_px = generator.uniform(0.35, 0.5 + 0.012 * size_px)
     threshold = generator.uniform(0.08, 0.34)  # low: a broad pen; high: a fine one
@@ -337,4 +404,11 @@ def _ink(image: np.ndarray, *, size_px: int, generator: np.random.Generator) -> 
     total, squares = (cv2.norm(blurred, kind) for kind in (cv2.NORM_L1, cv2.NORM_L2SQR))
     reached = min(1.0, 1.2 * squares / 255 / max(255.0, total))  # their mean, weighed by themselves
     levels = np.clip((_LEVELS / reached - threshold) * contrast, 0, 1) * strongest
-    return cv2.LUT(blurred, levels.astype(np.uint8))
+    lut = levels.astype(np.uint8)
+    if not pressure:
+        return cv2.LUT(blurred, lut)
+    # before the threshold: where the pen presses less, strokes grow thin, and some break
+    cells = [max(2, side // _STROKE_PX) for side in image.shape]
+    coarse = 1 - pressure * generator.random(cells, np.float32)
+    pressed = cv2.resize(coarse, image.shape[::-1], interpolation=cv2.INTER_LINEAR)
+    return cv2.LUT(cv2.multiply(blurred, pressed, dtype=cv2.CV_8U), lut)

@@ -9,11 +9,12 @@ import numpy as np
 from paragraph_ocr import console
 from paragraph_ocr.data import fonts, text
 from paragraph_ocr.data.corpus import Progress, digest, is_prepared
+from paragraph_ocr.data.fonts import Face
 from paragraph_ocr.data.generated import GeneratedCorpus, Maker
 from paragraph_ocr.data.paragraph import Paragraph
 from paragraph_ocr.data.render import RENDERER_VERSION, render
 from paragraph_ocr.data.text import Passages
-from paragraph_ocr.errors import UserError
+from paragraph_ocr.errors import UserError, nearest
 
 _ATTEMPTS = 100  # to draw a passage that has a word for every line
 
@@ -22,12 +23,21 @@ _ATTEMPTS = 100  # to draw a passage that has a word for every line
 class SyntheticCorpus(GeneratedCorpus):
     """Paragraphs of `texts` in the faces of `fonts`; None stands for what is installed.
 
-    A face counts as the source and as the writer of its paragraphs; every face serves every split.
+    A face counts as the source and as the writer of its paragraphs. Every face serves every split, unless
+    some are held out: they serve validation and test, and the others training.
+
+    Raises:
+        UserError: a face that is held out is not there, or none is left to train on.
     """
 
     fonts: Path | None
     texts: Path | None
     random_share: float
+    held_out: tuple[str, ...] = ()
+    jitter: float = 0.0
+    """How much each letter differs from others of its kind; 1 is a careless hand."""
+    pressure: float = 0.0
+    """Share of the ink that comes and goes along a page."""
 
     def fingerprint(self) -> str:
         identity = {
@@ -41,17 +51,19 @@ class SyntheticCorpus(GeneratedCorpus):
 
     def prepare(self, root: Path, *, num_workers: int, progress: Progress | None = None) -> Path:
         if not is_prepared(self, root):
+            self._faces()  # whose mistakes are told better here than by a worker
             _, left_out = fonts.load_faces(self.fonts, characters=self.characters)
             if left_out:
                 console.warn(f"Fonts left out, for they lack characters: {'; '.join(left_out)}.")
         return super().prepare(root, num_workers=num_workers, progress=progress)
 
     def maker(self) -> Maker:
-        faces, _ = fonts.load_faces(self.fonts, characters=self.characters)
+        faces_of = self._faces()
         passages = Passages(self.texts, characters=self.characters, random_share=self.random_share)
 
         def make(generator: np.random.Generator, split: str) -> Paragraph:
             words = self._words(passages.draw, generator, split)
+            faces = faces_of[split]
             face = faces[generator.integers(len(faces))]
             drawing = render(
                 words,
@@ -60,11 +72,30 @@ class SyntheticCorpus(GeneratedCorpus):
                 width=self.width,
                 min_lines=self.min_lines,
                 max_lines=self.max_lines,
+                jitter=self.jitter,
+                pressure=self.pressure,
                 generator=generator,
             )
             return Paragraph(drawing.image, drawing.text, split, face.name, face.name)
 
         return make
+
+    def _faces(self) -> dict[str, list[Face]]:
+        """Return the faces of each split."""
+        faces, _ = fonts.load_faces(self.fonts, characters=self.characters)
+        names = [face.name for face in faces]
+        for name in self.held_out:
+            if name not in names:
+                close = nearest(name, names)
+                raise UserError(
+                    f"datamodule.held_out={name} is none of the {len(names)} faces (nearest: "
+                    f"{', '.join(close) or 'none'}). Pass names of font files without their endings."
+                )
+        held = [face for face in faces if face.name in self.held_out]
+        rest = [face for face in faces if face.name not in self.held_out]
+        if not rest:
+            raise UserError("datamodule.held_out leaves no face to train on. Hold out fewer.")
+        return {"train": rest, "val": held or rest, "test": held or rest}
 
     def _words(
         self, draw: Callable[..., list[str]], generator: np.random.Generator, split: str
