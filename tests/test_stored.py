@@ -100,3 +100,43 @@ def test_a_file_that_is_no_config_is_refused_in_one_line(text, tmp_path):
 def test_a_folder_without_a_config_is_refused(tmp_path):
     with pytest.raises(UserError, match="run folder"):
         read_config(tmp_path)
+
+
+def test_a_curriculum_comes_back_as_it_was_written(tmp_path):
+    written = experiment(
+        "curriculum=lines_to_page", "datamodule=synthetic_paragraphs",
+        "+datamodule@curriculum.corpora.noise=fake",
+    )  # fmt: skip
+    write_config(written, tmp_path)
+    read = read_config(tmp_path)
+    assert read == written
+    for name, corpus in written.curriculum.corpora.items():
+        assert type(read.curriculum.corpora[name]) is type(corpus)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t["schema"].pop("corpora"),
+        lambda t: t["schema"]["corpora"].pop("one_line"),
+        lambda t: t["schema"]["corpora"].update(one_line="transformer"),
+        lambda t: t["schema"]["corpora"].update(one_line=["rendered"]),
+        lambda t: t["schema"].update(corpora="rendered"),
+        lambda t: t["curriculum"].update(corpora=3),
+        lambda t: t["curriculum"]["corpora"]["one_line"].update(_target_="os.system"),
+        lambda t: t["curriculum"]["corpora"]["one_line"].update(height=-3),
+        lambda t: t["curriculum"]["stages"][0].update(corpora="one_line"),
+        lambda t: t["curriculum"]["stages"][0].update(corpora={"another": 1.0}),
+        lambda t: t["curriculum"].update(stages={"a": 1}),
+    ],
+)
+def test_a_curriculum_that_was_changed_is_refused_in_one_line(change, tmp_path):
+    write_config(
+        experiment("curriculum=lines_to_page", "datamodule=synthetic_paragraphs"), tmp_path
+    )
+    tree = yaml.safe_load((tmp_path / CONFIG).read_text())
+    change(tree)
+    (tmp_path / CONFIG).write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError) as refused:
+        read_config(tmp_path)
+    assert "\n" not in str(refused.value)

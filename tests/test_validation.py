@@ -13,6 +13,7 @@ NEEDED = {
     **{key: ["datamodule.root=tests"] for key in ("folder", "emnist", "emnist_lines")},
     **{path.stem: ["datamodule.root=tests"] for path in (CONF / "datamodule").glob("iam_*.yaml")},
     "line_cnn": ["datamodule=synthetic_lines"],
+    "lines_to_page": ["datamodule=synthetic_paragraphs"],
 }
 """What a choice needs of its user."""
 
@@ -171,3 +172,31 @@ def test_a_model_that_was_trained_from_a_card_reads_without_one():
     trained = validate(compose(["trainer=cpu"]))
     trained.datamodule.placement = "gpu"
     assert overridden(trained, []).datamodule.placement == "disk"
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("curriculum.corpora.one_line.num_train=0", "curriculum.corpora.one_line.num_train=0 must lie in"),
+        ("curriculum.corpora.one_line.min_lines=7", "is above curriculum.corpora.one_line.max_lines=1"),
+        ("curriculum.corpora.one_line.fonts=nowhere", "curriculum.corpora.one_line.fonts=nowhere is not a"),
+        ("curriculum.corpora.seven_lines.max_length=700", "which the model is built for"),
+        ("curriculum.corpora.one_line.colour=3", "curriculum.corpora.one_line.colour=3 is not a key"),
+        ("curriculum.stages=[{corpora:{none:1},batch_size:3}]", "is not one of pages, one_line"),
+        ("curriculum.stages=[{corpora:{pages:0},batch_size:3}]", "must be above 0"),
+        ("curriculum.stages=[{corpora:{pages:1},batch_size:0}]", "a batch_size of 1 or more"),
+        ("curriculum.stages=[{corpora:{pages:1},batch_size:3,below:1}]", "ends with the training"),
+        (
+            "curriculum.stages=[{corpora:{pages:1},batch_size:3},{corpora:{pages:1},batch_size:3}]",
+            "stages[0] never ends",
+        ),
+        ("trainer.overfit_batches=1", "Pass curriculum=none"),
+        ("trainer.devices=2", "Pass trainer.devices=1"),
+        ("curriculum.replay=1", "curriculum.replay=1.0 must lie in"),
+    ],
+)  # fmt: skip
+def test_a_curriculum_that_cannot_be_is_refused_by_name(typed, said):
+    with pytest.raises(UserError) as refused:
+        validate(compose(["curriculum=lines_to_page", "datamodule=synthetic_paragraphs", typed]))
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)

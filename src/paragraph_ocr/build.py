@@ -32,10 +32,11 @@ from paragraph_ocr.config import (
     RenderedData,
     TrainerConfig,
 )
+from paragraph_ocr.curriculum import Curriculum, Stage
 from paragraph_ocr.data.augment import Augment, Strengths
 from paragraph_ocr.data.augment_page import augment_page
 from paragraph_ocr.data.corpus import Corpus
-from paragraph_ocr.data.curriculum import Curriculum, CurriculumDataModule, Stage
+from paragraph_ocr.data.curriculum import CurriculumDataModule
 from paragraph_ocr.data.datamodule import ParagraphDataModule
 from paragraph_ocr.data.emnist import EmnistCorpus, EmnistLinesCorpus
 from paragraph_ocr.data.fake import FakeCorpus

@@ -241,7 +241,7 @@ class _Job:
         if watch is not None:
             callbacks.append(watch)
         if isinstance(datamodule, CurriculumDataModule):
-            callbacks.append(FollowCurriculum(datamodule))
+            callbacks.append(FollowCurriculum(datamodule.curriculum, datamodule.reached))
         if timeline.asked():
             callbacks.append(MarkFirstStep())
         if limits.overfit_batches and limits.early_stopping.when_read:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from paragraph_ocr import build
+from paragraph_ocr.curriculum import Curriculum, Stage
 from paragraph_ocr.data.corpus import store_path
-from paragraph_ocr.data.curriculum import Curriculum, Stage, prepare_beside
+from paragraph_ocr.data.curriculum import prepare_beside
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.validation import compose, validate
 from small_curriculum import SMALL_CURRICULUM
@@ -70,7 +71,7 @@ def test_each_stage_has_its_canvas_and_batch_and_later_ones_wait_for_their_pages
     order = small.train_dataloader().sampler
     seen = []
     for stage in range(3):
-        small.stage = stage
+        small.reached.stage = stage
         seen.append([tuple(batch.images.shape) for batch in small.train_dataloader()])
     assert len(order) == 3
     assert set(seen[0]) == {(8, 1, 32, 224)}
@@ -113,7 +114,7 @@ def test_what_fails_beside_is_told_where_it_is_needed(small, monkeypatch, tmp_pa
     monkeypatch.setattr(type(small.corpora["two_lines"].corpus), "prepare", refuse)
     failed = subprocess.Popen(["false"])
     failed.wait()
-    small._beside, small.stage = failed, 1
+    small._beside, small.reached.stage = failed, 1
     began = time.monotonic()
     with pytest.raises(UserError, match="no room"):
         small.lengths()

@@ -1,4 +1,4 @@
-"""A curriculum: stages of training pages, each a mix of corpora, each left once it is learnt."""
+"""The pages of a curriculum: prepared beside training, drawn stage by stage."""
 
 import os
 import pickle
@@ -6,11 +6,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -18,64 +16,10 @@ from torch.utils.data.distributed import DistributedSampler
 
 from paragraph_ocr import console
 from paragraph_ocr.batch import Batch
+from paragraph_ocr.curriculum import Curriculum, Reached, Stage
 from paragraph_ocr.data.corpus import Corpus, store_path
 from paragraph_ocr.data.datamodule import ParagraphDataModule
 from paragraph_ocr.errors import UserError
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What is trained on for a while."""
-
-    shares: Mapping[str, float]
-    """Of each corpus among the batches; they need not add up to 1."""
-    batch_size: int
-    below: float | None
-    """The stage is over once the mean loss of its batches since the last look is below this."""
-    max_steps: int | None
-    """Or after so many steps; the last stage has neither."""
-
-
-class Draw(NamedTuple):
-    """Where a batch comes from."""
-
-    stage: int
-    corpus: str
-
-
-@dataclass(frozen=True)
-class Curriculum:
-    """Stages, and how a batch of each is drawn: seed, look and step alone decide.
-
-    Args:
-        look_every: steps between two looks at whether a stage is over; Lightning's epochs.
-        replay: share of the batches that come from earlier stages, all alike.
-    """
-
-    stages: Sequence[Stage]
-    look_every: int
-    replay: float
-    seed: int
-
-    def draw(self, stage: int, look: int, step: int) -> tuple[Draw, np.random.Generator]:
-        """Return what the batch of a step is drawn from, and what draws it."""
-        generator = np.random.default_rng([self.seed, look, step])
-        if stage and generator.random() < self.replay:
-            stage = int(generator.integers(stage))
-        names = list(self.stages[stage].shares)
-        shares = np.array([*self.stages[stage].shares.values()])
-        return Draw(stage, names[generator.choice(len(names), p=shares / shares.sum())]), generator
-
-    def is_over(self, stage: int, *, loss: float | None, steps: int) -> bool:
-        """Return whether to go on to the next stage.
-
-        Args:
-            loss: mean of the stage's batches since the last look; None if there were none.
-            steps: since the stage began.
-        """
-        asked = self.stages[stage]
-        learnt = asked.below is not None and loss is not None and loss < asked.below
-        return learnt or (asked.max_steps is not None and steps >= asked.max_steps)
 
 
 class CurriculumDataModule(pl.LightningDataModule):
@@ -97,7 +41,7 @@ class CurriculumDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.pages, self.corpora, self.curriculum = pages, corpora, curriculum
-        self.stage = 0
+        self.reached = Reached()
         self._ready: dict[str, Dataset[Batch]] = {}
         self._beside: subprocess.Popen[bytes] | None = None
         self._start = (0, 0)  # look, and steps done since
@@ -155,7 +99,7 @@ class CurriculumDataModule(pl.LightningDataModule):
 
     def lengths(self) -> dict[str, int]:
         """Return how many paragraphs each corpus of the stages so far has, made ready if need be."""
-        for stage in self.curriculum.stages[: self.stage + 1]:
+        for stage in self.curriculum.stages[: self.reached.stage + 1]:
             for name in stage.shares:
                 if name not in self._ready:
                     self._make_ready(name)
@@ -182,7 +126,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         per_look = max(1, int(self.trainer.num_training_batches))
         look, step = divmod(progress["processed"], per_look)
         texts = {name: self.corpora[name].train.store.digest() for name in self._ready}
-        return {"look": look, "step": step, "stage": self.stage, "texts": texts}
+        return {"look": look, "step": step, "stage": self.reached.stage, "texts": texts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the training stood.
@@ -190,7 +134,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         Raises:
             UserError: a store holds other paragraphs than then.
         """
-        self.stage = state_dict["stage"]
+        self.reached.stage = state_dict["stage"]
         self._start = state_dict["look"], state_dict["step"]
         self.lengths()
         for name, digest in state_dict["texts"].items():
@@ -256,7 +200,7 @@ class CurriculumOrder(DistributedSampler[tuple[str, list[int]]]):
 
     def _step(self, step: int, lengths: Mapping[str, int]) -> tuple[str, list[int]]:
         curriculum = self.module.curriculum
-        draw, generator = curriculum.draw(self.module.stage, self.epoch, step)
+        draw, generator = curriculum.draw(self.module.reached.stage, self.epoch, step)
         length = lengths[draw.corpus]
         size = min(curriculum.stages[draw.stage].batch_size, length)
         positions = generator.choice(length, size=size, replace=False)

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from paragraph_ocr import console
 from paragraph_ocr.batch import Batch
-from paragraph_ocr.data.curriculum import CurriculumDataModule
+from paragraph_ocr.curriculum import Curriculum, Reached
 
 
 class FollowCurriculum(pl.Callback):
     """At the end of each epoch, go on to the next stage if this one is over, and log which it is."""
 
-    def __init__(self, datamodule: CurriculumDataModule) -> None:
-        self.datamodule = datamodule
+    def __init__(self, curriculum: Curriculum, reached: Reached) -> None:
+        self.curriculum, self.reached = curriculum, reached
         self._losses: list[Tensor] = []  # of the stage's own batches since the last look
         self._steps = 0  # since the stage began
 
@@ -27,22 +27,22 @@ class FollowCurriculum(pl.Callback):
         batch_index: int,
     ) -> None:
         self._steps += 1
-        stage, curriculum = self.datamodule.stage, self.datamodule.curriculum
-        drawn, _ = curriculum.draw(stage, trainer.current_epoch, batch_index)
+        stage = self.reached.stage
+        drawn, _ = self.curriculum.draw(stage, trainer.current_epoch, batch_index)
         if drawn.stage == stage and outputs is not None:
             self._losses.append(outputs["loss"].detach())
 
     def on_train_epoch_end(self, trainer: pl.Trainer, learner: pl.LightningModule) -> None:
-        module = self.datamodule
+        reached = self.reached
         loss = sum(map(float, self._losses)) / len(self._losses) if self._losses else None
         self._losses.clear()
-        learner.log("curriculum/stage", float(module.stage))
+        learner.log("curriculum/stage", float(reached.stage))
         if loss is not None:
             learner.log("curriculum/loss", loss)
-        if module.curriculum.is_over(module.stage, loss=loss, steps=self._steps):
-            module.stage += 1
+        if self.curriculum.is_over(reached.stage, loss=loss, steps=self._steps):
+            reached.stage += 1
             self._steps = 0
-            console.say(f"step {trainer.global_step:,}: stage {module.stage} of the curriculum")
+            console.say(f"step {trainer.global_step:,}: stage {reached.stage} of the curriculum")
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": [float(loss) for loss in self._losses], "steps": self._steps}
