@@ -1,8 +1,9 @@
-"""Make a run's model ready for elsewhere: ONNX graphs, or a model in MLflow for `mlflow models serve`.
+"""Make a run's model ready for elsewhere: ONNX graphs, a model in MLflow, or a release kept with the code.
 
     python scripts/export.py checkpoint=outputs/runs/<run>
     python scripts/export.py checkpoint=outputs/runs/<run> images=scans
     python scripts/export.py checkpoint=outputs/runs/<run> to=mlflow register=handwriting
+    python scripts/export.py checkpoint=outputs/runs/<run> to=release folder=models/<name>
 
 With `images`, torch and onnxruntime read them in turns: whether the texts agree, and how fast each was.
 """
@@ -21,9 +22,12 @@ BATCH_SIZES = (1, 8)
 @dataclass(frozen=True)
 class Options:
     checkpoint: str = field(metadata={"help": "run folder, MLflow run id, or released model"})
-    to: Literal["onnx", "mlflow"] = field(default="onnx", metadata={"help": "onnx or mlflow"})
+    to: Literal["onnx", "mlflow", "release"] = field(
+        default="onnx", metadata={"help": "onnx, mlflow or release"}
+    )
     folder: Path | None = field(
-        default=None, metadata={"help": "of the graphs; null is outputs/onnx/<checkpoint>"}
+        default=None,
+        metadata={"help": "of the graphs, or the release; null is outputs/onnx/<checkpoint>"},
     )
     images: Path | None = field(
         default=None, metadata={"help": "folder of images to compare torch and ONNX on"}
@@ -35,9 +39,11 @@ class Options:
 
 
 def export(options: Options) -> None:
-    """Write the graphs, or log the model."""
+    """Write the graphs or the release, or log the model."""
     if options.to == "mlflow":
         to_mlflow(options)
+    elif options.to == "release":
+        to_release(options)
     else:
         to_onnx(options)
 
@@ -80,6 +86,24 @@ def sorted_images(folder: Path) -> list[Path]:
     if not found:
         raise UserError(f"images={folder} holds no images. Pass images=<folder of images>.")
     return found
+
+
+def to_release(options: Options) -> None:
+    if options.folder is None:
+        raise UserError("folder has no value. Pass folder=models/<name of the release>.")
+    if options.images or options.register:
+        raise UserError("images and register are not for to=release. Leave them out.")
+    from paragraph_ocr.reading import Recognizer
+    from paragraph_ocr.reading.checkpoint import find_checkpoint
+    from paragraph_ocr.reading.release import release
+    from paragraph_ocr.resume import read_story
+
+    recognizer = Recognizer.load(options.checkpoint, device="cpu", outputs=options.outputs)
+    run = find_checkpoint(options.checkpoint, outputs=options.outputs).config.parent
+    release(recognizer, options.folder, metrics=read_story(run).get("metrics", {}))
+    for file in sorted(options.folder.iterdir()):
+        console.say(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)")
+    console.say(f"See what rounding costs: python scripts/evaluate.py checkpoint={options.folder}")
 
 
 def to_mlflow(options: Options) -> None:

@@ -25,6 +25,7 @@ from paragraph_ocr.model.generate import Beam, Greedy, SpecialTokens
 from paragraph_ocr.model.line_cnn import LineCnn
 from paragraph_ocr.model.reader import Reader
 from paragraph_ocr.model.transformer import TransformerReader
+from paragraph_ocr.quantised import restore
 from paragraph_ocr.vocabulary import Vocabulary
 
 
@@ -136,7 +137,7 @@ def _pristine_encoder(
 
 
 def load_weights(recognizer: Reader, path: Path) -> None:
-    """Load a .safetensors file, or the best weights of a run folder.
+    """Load a .safetensors file, quantised or not, or the best weights of a run folder.
 
     Raises:
         UserError: the file is no safetensors file, or of another model.
@@ -148,7 +149,7 @@ def load_weights(recognizer: Reader, path: Path) -> None:
             f"model.weights={path} holds no weights. Pass a run folder or a .safetensors file."
         )
     try:
-        recognizer.load_state_dict(load_file(file))
+        recognizer.load_state_dict(restore(load_file(file)))
     # a header may lack what it needs, or name a type of numbers that torch does not have
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(

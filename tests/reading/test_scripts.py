@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from pages import scans
 
+from paragraph_ocr.errors import UserError
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -145,3 +147,38 @@ def test_both_explain_themselves(evaluate, read, capsys):
     assert (
         "into=<folder of the written files> (default outputs/readings)" in capsys.readouterr().out
     )
+
+
+def test_a_release_is_small_reads_alike_and_names_no_place(
+    run_folder, recognizer, images, tmp_path, capsys
+):
+    from paragraph_ocr.reading import Recognizer
+    from paragraph_ocr.stored import read_config
+
+    export, folder = script("export"), tmp_path / "models" / "notes"
+    options = {"checkpoint": str(run_folder), "to": "release"}
+    export.export(export.Options(**options, folder=folder))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md", "best.safetensors", "config.yaml", "metrics.json",
+    ]  # fmt: skip
+    size = (folder / "best.safetensors").stat().st_size
+    assert size < 0.4 * (run_folder / "best.safetensors").stat().st_size
+    stored = read_config(folder)
+    assert str(tmp_path) not in (folder / "config.yaml").read_text()
+    assert stored.model == recognizer.experiment.model
+    card = (folder / "README.md").read_text()
+    assert "# notes" in card and "int8" in card and str(tmp_path) not in card
+    released = Recognizer.load(folder, device="cpu")
+    for name, tensor in released.model.state_dict().items():
+        other = recognizer.model.state_dict()[name].float()
+        if other.ndim > 1:
+            assert (tensor - other).abs().max() <= 0.006 * other.abs().max(), name
+    scanned = scans(images)
+    texts = [transcript.text for transcript in released.read_all(scanned)]
+    exact = [transcript.text for transcript in recognizer.read_all(scanned)]
+    alike = [one == other for one, other in zip(texts, exact, strict=True)]
+    assert sum(alike) >= 0.7 * len(exact)  # where it stammers, rounding tells for how long
+    with pytest.raises(UserError, match="exists"):
+        export.export(export.Options(**options, folder=folder))
+    with pytest.raises(UserError, match="folder has no value"):
+        export.export(export.Options(**options))

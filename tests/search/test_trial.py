@@ -4,6 +4,7 @@ import gc
 
 from omegaconf import OmegaConf
 
+from paragraph_ocr import console
 from paragraph_ocr.config import StudyConfig
 from paragraph_ocr.learning.learner import Learner
 from paragraph_ocr.search import trial
@@ -16,6 +17,7 @@ def learners():
 
 
 def test_no_learner_is_alive_when_a_trial_gives_its_memory_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(console.console, "quiet", console.console.quiet)  # which a trial sets
     monkeypatch.setattr(trial, "_set_aside_what_stays", lambda: None)
     experiment = validate(
         compose(["model=tiny", "datamodule=fake", "debug=ci", "trainer=cpu", f"outputs={tmp_path}"])
