@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 NUM_PARAGRAPHS = 12
 NUM_IN_LEVELS = 2
-LEVELS = ("none", "light", "reference", "standard", "strong")
+LEVELS = ("none", "light", "reference", "standard", "strong", "scans")
 SHEET_PX = 1600
 HEADINGS = {
     "data": "Paragraphs",

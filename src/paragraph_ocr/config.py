@@ -176,6 +176,9 @@ class AugmentationConfig:
     ink: float = 0.0
     paper: float = 0.0
     noise: float = 0.0
+    neighbours_px: float = 0.0
+    rules: float = 0.0
+    threshold: float = 0.0
 
 
 @dataclass

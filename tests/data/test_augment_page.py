@@ -218,3 +218,91 @@ def test_blank_pages_are_no_trouble():
     blank = np.zeros((40, 60), np.uint8)
     moving = Strengths(**{name: STRONG[name] for name in MOVING})
     assert not augment_page(blank, moving, np.random.default_rng(0)).any()
+
+
+SOMETIMES = {"neighbours_px": 16.0, "rules": 0.8, "threshold": 0.5}
+
+
+def letter() -> np.ndarray:
+    """Return three lines of grey strokes, with room above and below."""
+    page = np.zeros((160, 200), np.uint8)
+    for line in range(3):
+        for x in range(30, 170, 7):
+            page[40 + 30 * line : 56 + 30 * line, x : x + 2 + line] = 70 + 20 * line + x % 90
+    return page
+
+
+@pytest.mark.parametrize("augmented", [each, together])
+@pytest.mark.parametrize("name", SOMETIMES)
+def test_what_only_some_scans_have_comes_on_some_pages(augmented: Callable, name):
+    page = letter()
+    pages = augmented(page, Strengths(**{name: SOMETIMES[name]}), 200)
+    untouched = np.mean([np.array_equal(changed, page) for changed in pages])
+    # two edges, each on half of the pages, and strips may lie between two lines
+    wanted = 0.4 if name == "neighbours_px" else 0.5
+    assert untouched == pytest.approx(wanted, abs=0.12)
+    assert np.array_equal(augmented(page, Strengths(**{name: 1e-9}), 3)[0], page)
+
+
+@pytest.mark.parametrize("augmented", [each, together])
+def test_neighbours_show_at_the_edges_and_leave_the_writing_alone(augmented: Callable):
+    page = letter()
+    pages = augmented(page, Strengths(neighbours_px=16.0), 200)
+    inked = np.flatnonzero(page.any(axis=1))
+    top, bottom = inked[0], inked[-1]
+    assert (pages[:, top - 4 : bottom + 5] == page[top - 4 : bottom + 5]).all()
+    assert not pages[:, 16 : top - 4].any() and not pages[:, bottom + 5 : -16].any()
+    rows = {row.tobytes() for row in page}
+    strips = [changed[place] for changed in pages for place in (0, -1) if changed[place].any()]
+    assert len(strips) > 50
+    assert {strip.tobytes() for strip in strips} <= rows, "parts of the page's own lines"
+    crowded = page[top - 3 : bottom + 4]
+    assert all(
+        np.array_equal(changed, crowded)
+        for changed in augmented(crowded, Strengths(neighbours_px=16.0), 20)
+    )
+
+
+@pytest.mark.parametrize("augmented", [each, together])
+def test_ruled_lines_are_straight_alike_and_never_cover_darker_ink(augmented: Callable):
+    page = letter()
+    for changed in augmented(page, Strengths(rules=0.8), 60):
+        assert (changed >= page).all() and changed.max() <= max(page.max(), 0.8 * 255)
+        ruled = np.flatnonzero(changed[:, 0])
+        if len(ruled):
+            assert len({changed[row, 0] for row in ruled}) == 1
+            assert len(np.unique(changed[ruled][:, :25])) == 1
+            assert np.diff(ruled)[np.diff(ruled) > 2].min(initial=20) >= 18
+
+
+@pytest.mark.parametrize("augmented", [each, together])
+def test_a_page_in_black_and_white_keeps_its_strokes(augmented: Callable):
+    page = letter()
+    pages = augmented(page, Strengths(threshold=1.0), 60)
+    assert set(np.unique(pages)) == {0, 255}
+    assert not pages[:, page == 0].any()
+    assert (pages[:, page > 0.41 * page.max()] == 255).all()
+
+
+@pytest.mark.parametrize("name", SOMETIMES)
+def test_what_scans_have_adds_as_much_ink_on_either_device(name):
+    page = letter()
+    before = float(ink(page[None])[0])
+    changes = [
+        np.abs(ink(pages) - before).mean()
+        for pages in (each(page, Strengths(**{name: SOMETIMES[name]}), 400),
+                      together(page, Strengths(**{name: SOMETIMES[name]}), 400))
+    ]  # fmt: skip
+    assert changes[0] == pytest.approx(changes[1], rel=0.2)
+
+
+def test_neighbours_keep_to_pages_that_are_smaller_than_their_canvas():
+    torch.manual_seed(0)
+    page = letter()
+    canvas = np.zeros((220, 240), np.uint8)
+    canvas[:160, :200] = page
+    batch = torch.from_numpy(canvas).repeat(60, 1, 1, 1)
+    sizes = torch.tensor([[160, 200]]).repeat(60, 1)
+    changed = Augment(Strengths(neighbours_px=16.0))(batch, sizes)[:, 0].numpy()
+    assert not changed[:, 160:].any() and not changed[:, :, 200:].any()
+    assert changed[:, 150:160].any()

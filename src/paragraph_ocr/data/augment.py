@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 COARSE_PX, FINE_PX = 96, 24
@@ -20,6 +20,16 @@ COARSE_PX, FINE_PX = 96, 24
 
 INK = 0.25
 """Share of full ink above which a pixel belongs to the writing, not to the paper's texture."""
+
+
+GAP_PX = 4
+"""Paper left between the writing and what shows of its neighbours."""
+
+PITCH_PX, RULE_PX = (20, 64), (1, 2)
+"""Least and most distance of a ruled paper's lines, and their thickness."""
+
+THRESHOLDS = 0.12, 0.4
+"""Of a page's strongest ink, at which a scan in black and white is cut."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +51,9 @@ class Strengths:
     ink: float = 0.0
     paper: float = 0.0
     noise: float = 0.0
+    neighbours_px: float = 0.0
+    rules: float = 0.0
+    threshold: float = 0.0
 
     @property
     def move(self) -> bool:
@@ -78,17 +91,26 @@ class Augment(nn.Module):
         if strengths.move:
             grid = self._grid(pages, sizes, coarse, fine)
             pages = F.grid_sample(pages, grid, padding_mode="zeros", align_corners=False)
+        if strengths.neighbours_px:
+            pages = _with_neighbours(pages, sizes, strengths.neighbours_px)
         if strengths.pen_px:
             pages = _pen(pages, strengths.pen_px)
         if strengths.blur_px:
             pages = _mix(pages, _blur(pages, strengths.blur_px), _uniform(pages))
         if strengths.ink:
             pages = pages * (1 - strengths.ink * _uniform(pages))
+        if strengths.rules:
+            pages = torch.maximum(pages, _rules(pages, strengths.rules))
+        # of clean paper: a scanner cuts where it takes the writing for writing
+        black_and_white = _cut(pages) if strengths.threshold else None
         if strengths.paper:
             texture = _field(pages, coarse) * 0.5 + _field(pages, fine) * 0.3 + 0.3
             pages = torch.maximum(pages, strengths.paper * _uniform(pages) * texture.clamp(0, 1))
         if strengths.noise:
             pages = pages + strengths.noise * _uniform(pages) * torch.randn_like(pages)
+        if black_and_white is not None:
+            chosen = _uniform(pages) < strengths.threshold
+            pages = torch.where(chosen, black_and_white.to(pages.dtype), pages)
         return (pages.clamp(0, 1) * 255).round().to(torch.uint8)
 
     def _grid(
@@ -224,6 +246,46 @@ def _field(pages: Tensor, curves: Curves, channels: int = 1) -> Tensor:
     shape = (batch, channels, down.shape[1], across.shape[1])
     points = 2 * torch.rand(shape, device=pages.device) - 1
     return (down @ points @ across.T).clamp(-1, 1)
+
+
+def _with_neighbours(
+    pages: Float[Tensor, "B 1 H W"], sizes: Int[Tensor, "B 2"] | None, most_px: float
+) -> Float[Tensor, "B 1 H W"]:
+    """Return pages with a strip of other lines at half of the upper and of the lower edges.
+
+    A strip is a part of the page's own writing, no higher than most_px, and GAP_PX away from it.
+    """
+    height, width = pages.shape[2:]
+    rows = torch.arange(height, device=pages.device)
+    heights = height if sizes is None else sizes[:, :1]
+    inked = (pages[:, 0] > INK).any(dim=2)
+    top = torch.where(inked, rows, height).amin(dim=1, keepdim=True)
+    bottom = torch.where(inked, rows, -1).amax(dim=1, keepdim=True)
+    source = rows.expand(len(pages), -1)
+    for room, upper in ((top - GAP_PX, True), (heights - 1 - bottom - GAP_PX, False)):
+        wanted = most_px * _uniform(pages)[:, 0, 0] * (_uniform(pages)[:, 0, 0] < 0.5)
+        strip = torch.minimum(wanted, room).clamp(min=0).floor() * (bottom >= 0)
+        strip = torch.minimum(strip, bottom - top + 1)
+        begin = top + ((bottom - top + 1 - strip) * _uniform(pages)[:, 0, 0]).floor()
+        first = 0 if upper else heights - strip
+        within = (rows >= first) & (rows < first + strip)
+        source = torch.where(within, (begin + rows - first).long(), source)
+    return pages.gather(2, source[:, None, :, None].expand(-1, -1, -1, width))
+
+
+def _cut(pages: Float[Tensor, "B 1 H W"]) -> Bool[Tensor, "B 1 H W"]:
+    """Return which pixels a scan in black and white shows black."""
+    low, high = THRESHOLDS
+    return pages > (low + (high - low) * _uniform(pages)) * pages.amax(dim=(1, 2, 3), keepdim=True)
+
+
+def _rules(pages: Tensor, most: float) -> Float[Tensor, "B 1 H 1"]:
+    """Return the lines of ruled paper for half of the pages, of at most a share `most` of full ink."""
+    rows = torch.arange(pages.shape[2], device=pages.device).view(1, 1, -1, 1)
+    pitch = PITCH_PX[0] + (PITCH_PX[1] - PITCH_PX[0]) * _uniform(pages)
+    thick = RULE_PX[0] + (RULE_PX[1] - RULE_PX[0]) * _uniform(pages)
+    lines = (rows + pitch * _uniform(pages)) % pitch < thick
+    return lines * (most * _uniform(pages) * (_uniform(pages) < 0.5))
 
 
 def _pen(pages: Float[Tensor, "B 1 H W"], pen_px: float) -> Float[Tensor, "B 1 H W"]:

@@ -6,7 +6,17 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
-from paragraph_ocr.data.augment import COARSE_PX, FINE_PX, INK, Strengths, spline
+from paragraph_ocr.data.augment import (
+    COARSE_PX,
+    FINE_PX,
+    GAP_PX,
+    INK,
+    PITCH_PX,
+    RULE_PX,
+    THRESHOLDS,
+    Strengths,
+    spline,
+)  # fmt: skip
 
 _STEP_PX = 8
 """Distance of the places at which the displacement is computed; it is linear between them."""
@@ -27,6 +37,8 @@ def augment_page(
     if strengths.move:
         sources = _sources(page, strengths, generator)
         page = cv2.remap(page, sources, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)  # type: ignore[call-overload]
+    if strengths.neighbours_px:
+        page = _with_neighbours(page, strengths.neighbours_px, generator)
     if strengths.pen_px:
         reach = math.ceil(strengths.pen_px)
         square = np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)
@@ -40,6 +52,11 @@ def augment_page(
         page = _mix(page, blurred, uniform())
     if strengths.ink:
         page = cv2.convertScaleAbs(page, alpha=1 - strengths.ink * uniform())
+    if strengths.rules:
+        page = np.maximum(page, _rules(len(page), strengths.rules, generator))
+    if strengths.threshold and uniform() < strengths.threshold:
+        level = generator.uniform(*THRESHOLDS) * page.max()
+        return cv2.threshold(page, level, 255, cv2.THRESH_BINARY)[1]
     if strengths.paper:
         page = np.maximum(page, _paper(page.shape, strengths.paper * uniform(), generator))
     if strengths.noise:
@@ -49,6 +66,34 @@ def augment_page(
         amount = 255 * strengths.noise * uniform() / _NOISE_SCALE
         page = cv2.addWeighted(page, 1, grain, amount, -128 * amount)
     return page
+
+
+def _with_neighbours(
+    page: np.ndarray, most_px: float, generator: np.random.Generator
+) -> np.ndarray:
+    """Return the page with strips of other lines at its edges, as `augment._with_neighbours` does."""
+    inked = np.flatnonzero(page.max(axis=1) > INK * 255)
+    if not len(inked):
+        return page
+    height, top, bottom = len(page), int(inked[0]), int(inked[-1])
+    page = page.copy()
+    writing = page[top : bottom + 1].copy()
+    for room, upper in ((top - GAP_PX, True), (height - 1 - bottom - GAP_PX, False)):
+        wanted = most_px * generator.random() * (generator.random() < 0.5)
+        strip = int(min(max(0, min(wanted, room)), len(writing)))
+        begin = int((len(writing) - strip) * generator.random())
+        if strip:
+            first = 0 if upper else height - strip
+            page[first : first + strip] = writing[begin : begin + strip]
+    return page
+
+
+def _rules(height: int, most: float, generator: np.random.Generator) -> np.ndarray:
+    """Return the lines of ruled paper, uint8 (H, 1); on half of the pages there are none."""
+    pitch, thick = generator.uniform(*PITCH_PX), generator.uniform(*RULE_PX)
+    lines = (np.arange(height) + pitch * generator.random()) % pitch < thick
+    amount = 255 * most * generator.random() * (generator.random() < 0.5)
+    return (lines * amount).astype(np.uint8)[:, None]
 
 
 def _sources(page: np.ndarray, strengths: Strengths, generator: np.random.Generator) -> np.ndarray:
