@@ -11,14 +11,18 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 
 import h5py
 import pytest
 import torch
 import yaml
+from torch.utils.data import dataloader
 
 import killing
+from paragraph_ocr.ends import explain_end
+from paragraph_ocr.validation import compose, validate
 from test_resume import QUICK
 
 ROOT = Path(__file__).parents[1]
@@ -430,6 +434,22 @@ def test_a_killed_worker_is_a_line(tmp_path):
     assert "A worker that loads data died" in the_line(said.read_text())
     assert killing.statuses(outputs / "mlflow.db") == ["FAILED"]
     assert killing.newest(outputs)
+
+
+def test_a_worker_that_is_gone_while_it_hands_over_a_batch_is_a_line_too(monkeypatch, tmp_path):
+    experiment = validate(compose(["model=tiny", "datamodule=fake", "datamodule.num_workers=4"]))
+    # the other end of the socket by which tensors come from a worker is no more
+    monkeypatch.setattr(
+        dataloader._SingleProcessDataLoaderIter,
+        "_next_data",
+        lambda self: connection.Client(str(tmp_path / "gone")),
+    )
+    with pytest.raises(FileNotFoundError) as raised:
+        next(iter(dataloader.DataLoader([1])))
+    assert "A worker that loads data died" in str(explain_end(raised.value, experiment, tmp_path))
+    with pytest.raises(FileNotFoundError) as raised:
+        (tmp_path / "a page").read_bytes()
+    assert explain_end(raised.value, experiment, tmp_path) is None
 
 
 def test_a_signal_before_the_first_step_leaves_nothing_to_go_on_from_but_the_beginning(

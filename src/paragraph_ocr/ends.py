@@ -1,6 +1,7 @@
 """How a run that did not reach its aim ended: one clear line for what a person can mend."""
 
 import errno
+import traceback
 from pathlib import Path
 
 import torch
@@ -29,7 +30,9 @@ def explain_end(error: Exception, experiment: Experiment, folder: Path) -> Excep
             f"begin anew with datamodule.batch_size={half} trainer.accumulate_grad_batches="
             f"{2 * experiment.trainer.accumulate_grad_batches}, which learns the same."
         )
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+    if (isinstance(error, RuntimeError) and "DataLoader worker" in str(error)) or _lost_worker(
+        error
+    ):
         return Stopped(
             f"A worker that loads data died ({first}). If the host ran out of memory, pass "
             f"datamodule.num_workers={data.num_workers // 2}."
@@ -41,6 +44,17 @@ def explain_end(error: Exception, experiment: Experiment, folder: Path) -> Excep
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return Stopped(f"{folder} cannot be written to: {error.strerror}. Give it back its rights.")
     return None
+
+
+def _lost_worker(error: Exception) -> bool:
+    """Return whether a worker has died while it was handing a batch over: no error of its own says so."""
+    # the socket by which tensors change hands: reset, at its end, or gone
+    if not isinstance(error, ConnectionError | EOFError | FileNotFoundError):
+        return False
+    files = [
+        Path(frame.f_code.co_filename).name for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    return "dataloader.py" in files and files[-1] in ("connection.py", "resource_sharer.py")
 
 
 def _wants_memory(text: str) -> bool:
