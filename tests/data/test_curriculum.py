@@ -5,6 +5,7 @@ import time
 from collections import Counter
 
 import numpy as np
+import psutil
 import pytest
 
 from paragraph_ocr import build
@@ -101,6 +102,24 @@ def test_pages_are_prepared_beside_and_not_for_a_parent_that_is_gone(tmp_path):
     process = prepare_beside(corpora, root)
     assert process.wait(timeout=120) == 0
     assert all(store_path(corpus, root).exists() for corpus in corpora)
+
+
+def test_a_training_that_ends_early_leaves_no_half_of_a_store_and_no_process(tmp_path):
+    typed = [*SMALL_CURRICULUM, "curriculum.corpora.two_lines.num_train=20000"]
+    experiment = validate(compose([*typed, "model=tiny", f"outputs={tmp_path}"]))
+    module = build.build_datamodule(experiment, build.build_vocabulary(experiment))
+    module.prepare_data()
+    beside, path = module._beside, store_path(*module._store("two_lines"))
+    until = time.monotonic() + 60
+    while not any(path.parent.glob(f".{path.name}*")):
+        assert beside.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    workers = psutil.Process(beside.pid).children(recursive=True)
+    module.teardown("fit")
+    assert beside.poll() is not None
+    psutil.wait_procs(workers, timeout=20)
+    assert not any(worker.is_running() for worker in workers)
+    assert not path.exists() and not any(path.parent.glob(f".{path.name}*"))
 
 
 def test_what_fails_beside_is_told_where_it_is_needed(small, monkeypatch, tmp_path):

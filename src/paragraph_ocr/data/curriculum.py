@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -48,17 +49,17 @@ class CurriculumDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Make the stores that training begins with, and begin to make the others."""
-        needed = list(dict.fromkeys(name for s in self.curriculum.stages for name in s.shares))
-        first = [name for name in needed if name in self.curriculum.stages[0].shares]
-        for name in {**dict.fromkeys(first), **{n: None for n in needed if self._is_pages(n)}}:
+        for name in self.curriculum.stages[0].shares:
             self.corpora[name].prepare_data()
         self.pages.prepare_data()
-        later = [self.corpora[n] for n in needed if not store_path(*self._store(n)).exists()]
+        needed = dict.fromkeys(name for stage in self.curriculum.stages for name in stage.shares)
+        later = [
+            self.corpora[name].corpus
+            for name in needed
+            if not store_path(*self._store(name)).exists()
+        ]
         if later and self._beside is None:
-            self._beside = prepare_beside([module.corpus for module in later], self.pages.root)
-
-    def _is_pages(self, name: str) -> bool:
-        return self.corpora[name] is self.pages
+            self._beside = prepare_beside(later, self.pages.root)
 
     def _store(self, name: str) -> tuple[Corpus, Path]:
         return self.corpora[name].corpus, self.corpora[name].root
@@ -69,7 +70,7 @@ class CurriculumDataModule(pl.LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         if self._beside is not None and stage == "fit":
-            self._beside.kill()
+            self._beside.terminate()
             self._beside.wait()
             self._beside = None
 
@@ -212,7 +213,10 @@ def prepare_beside(corpora: Sequence[Corpus], root: Path) -> "subprocess.Popen[b
     """Start a process that prepares the corpora one after the other, and ends with this one."""
     program = "from paragraph_ocr.data.curriculum import _prepare_all; _prepare_all()"
     process = subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,  # of what goes wrong, training tells where it needs the pages
+        stderr=subprocess.DEVNULL,
     )
     assert process.stdin is not None
     process.stdin.write(pickle.dumps((corpora, root, os.getpid())))
@@ -224,6 +228,7 @@ def _prepare_all() -> None:
     """Prepare the corpora that the parent process has written, politely."""
     corpora, root, parent = pickle.load(sys.stdin.buffer)  # from this package, not from a file
     os.nice(10)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # and no half of a store stays
 
     def watch(done: int, total: int) -> None:
         if os.getppid() != parent:
