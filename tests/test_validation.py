@@ -200,3 +200,24 @@ def test_a_curriculum_that_cannot_be_is_refused_by_name(typed, said):
         validate(compose(["curriculum=lines_to_page", "datamodule=synthetic_paragraphs", typed]))
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "remedy"),
+    [
+        (["schedule=cosine", "trainer.max_epochs=-1"], "trainer.max_time"),
+        (["schedule=warmup_stable_decay", "trainer.max_epochs=-1"], "trainer.max_time"),
+        (["schedule=one_cycle", "trainer.max_epochs=-1"], "trainer.max_steps"),
+        (["schedule=one_cycle", "trainer.max_time=00:00:01:00"], "trainer.max_steps"),
+        (["schedule=cosine", "trainer.max_time=00:00:01:00"], None),
+        (["schedule=constant", "trainer.max_epochs=-1"], None),
+        (["schedule=one_cycle", "trainer.max_epochs=-1", "trainer.max_steps=9"], None),
+        (["schedule=one_cycle", "trainer.max_time=00:00:01:00", "trainer.max_epochs=3"], None),
+    ],
+)
+def test_a_schedule_that_ends_must_know_when(typed, remedy):
+    if remedy is None:
+        validate(compose(typed))
+        return
+    with pytest.raises(UserError, match=f"needs to know when training ends. Pass {remedy}="):
+        validate(compose(typed))

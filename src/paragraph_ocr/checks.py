@@ -179,10 +179,27 @@ def check_together(experiment: Experiment) -> None:
             f"trainer.overfit_batches={trainer.overfit_batches} is a share above 1. "
             f"Pass trainer.overfit_batches={int(trainer.overfit_batches)} for that many batches."
         )
+    _check_schedule(experiment)
     for each in _with_each_corpus(experiment):
         with each as variant:
             _check_data(variant)
     _check_curriculum(experiment)
+
+
+def _check_schedule(experiment: Experiment) -> None:
+    """Check that a schedule that comes to an end knows when that is."""
+    name, trainer = experiment.schedule.name, experiment.trainer
+    epochs = trainer.max_epochs == -1 or (
+        trainer.max_epochs is None and trainer.max_time is not None
+    )
+    if trainer.max_steps != -1 or not epochs or name == "constant":
+        return
+    if trainer.max_time is None or name == "one_cycle":
+        limit = "trainer.max_steps" if name == "one_cycle" else "trainer.max_time"
+        raise UserError(
+            f"schedule={name} needs to know when training ends. Pass {limit}=<limit>, or "
+            "schedule=constant."
+        )
 
 
 def _check_data(experiment: Experiment) -> None:

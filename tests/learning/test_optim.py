@@ -130,17 +130,3 @@ def test_a_schedule_comes_to_its_end_with_the_time(name):
     assert rates[10] == pytest.approx(0.2)
     assert rates[5] == pytest.approx(1.1 if name == "cosine" else 2.0)
     assert [*rates.values()][1:] == sorted([*rates.values()][1:], reverse=True)
-
-
-@pytest.mark.parametrize("name", ["cosine", "one_cycle", "warmup_stable_decay"])
-def test_a_schedule_without_an_end_is_refused(name):
-    optimizer = build_optimizer(network(), name="sgd", lr=2.0, weight_decay=0.0, extra={})
-    with pytest.raises(UserError, match="when training ends"):
-        build_schedule(
-            optimizer,
-            name=name,
-            total_steps=None,
-            warmup_steps=0,
-            decay_share=1.0,
-            final_factor=0.1,
-        )

@@ -199,18 +199,10 @@ def build_schedule(
     defaults) and so takes no warm-up of its own.
 
     Args:
-        total_steps: None if the steps have no limit.
+        total_steps: None if the steps have no limit; one_cycle needs one.
         time_share: returns the share of the training's time that is gone, if that has a limit; the
             schedule is as far as the steps or the time, whichever is further.
-
-    Raises:
-        UserError: the schedule needs an end, and there is none.
     """
-    if total_steps is None and (name == "one_cycle" or (name != "constant" and not time_share)):
-        needed = "trainer.max_steps" if name == "one_cycle" else "trainer.max_time"
-        raise UserError(
-            f"schedule={name} needs to know when training ends. Pass {needed}, or schedule=constant."
-        )
     if name == "one_cycle":
         assert total_steps is not None
         peaks = [group["lr"] for group in optimizer.param_groups]

@@ -37,12 +37,13 @@ def release(recognizer: Recognizer, folder: Path, *, metrics: Mapping[str, float
 
 
 def _without_places(experiment: Experiment) -> Experiment:
-    """Return the experiment without paths of the machine that it was trained on, and without its stages."""
+    """Return the experiment without absolute paths and addresses, and without its stages."""
     settled = copy.deepcopy(experiment)
     settled.outputs, settled.name = "outputs", None
-    settled.model.weights = settled.tracking.uri = settled.datamodule.root = None
-    for key in ("fonts", "texts"):
-        if hasattr(settled.datamodule, key):
+    settled.model.weights = settled.tracking.uri = None
+    for key in ("root", "fonts", "texts"):
+        path = getattr(settled.datamodule, key, None)
+        if path is not None and Path(path).is_absolute():
             setattr(settled.datamodule, key, None)
     settled.curriculum = CurriculumConfig()
     return settled
