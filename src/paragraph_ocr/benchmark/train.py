@@ -140,9 +140,13 @@ def end_to_end(setting: Setting[TrainOptions], size: int) -> Row:
     stretch = options.steps or options.sized.steps
     steps = options.fit_steps or 20 * stretch
     stretch = min(stretch, steps)
-    warm_up = max(WARM_UP, steps // 4)
+    num_train = options.num_train or options.sized.num_train
+    # a GPU's steps are recorded when a length is seen for the second time
+    warm_up = 3 * -(-num_train // size) if setting.on_gpu else max(WARM_UP, steps // 4)
     everywhere = {
-        placement: _from_store(setting, size, steps=warm_up + steps, placement=placement)
+        placement: _from_store(
+            setting, size, steps=warm_up + steps, num_train=num_train, placement=placement
+        )
         for placement in ("gpu" if setting.on_gpu else "disk", "disk")
     }
     experiment = next(iter(everywhere.values()))
@@ -190,14 +194,13 @@ def end_to_end(setting: Setting[TrainOptions], size: int) -> Row:
 
 
 def _from_store(
-    setting: Setting[TrainOptions], size: int, *, steps: int, placement: str
+    setting: Setting[TrainOptions], size: int, *, steps: int, num_train: int, placement: str
 ) -> Experiment:
     """Return the experiment that trains from a store, augmented, for this many steps."""
-    options = setting.options
     return setting.experiment(
         "regularization=standard",
         f"datamodule.batch_size={size}",
-        f"datamodule.num_train={options.num_train or options.sized.num_train}",
+        f"datamodule.num_train={num_train}",
         *([f"datamodule.placement={placement}"] if placement in placements() else []),
         f"trainer.max_steps={steps}",
         "trainer.max_epochs=100000",

@@ -160,7 +160,7 @@ def _block(padded: Tensor) -> dict[str, object]:
     return {
         "BLOCK": _BLOCK,
         "PRECISION": "ieee" if precise else "tf32",
-        "num_warps": 8,
+        "num_warps": 4,
         "num_stages": 1 if precise else 2,
     }
 
@@ -274,12 +274,13 @@ def stem_backward(
     rate = torch.rsqrt(variance.double() + eps)
     along = rate * (weights * products).sum(dim=0)  # the gradient of batch norm's weight
     slope = weight * rate * (products - rate * along / count * (spread @ weights))
-    return slope.to(kernel.dtype), along.to(weight.dtype), slopes.to(weight.dtype)
+    return slope.to(kernel.dtype).contiguous(), along.to(weight.dtype), slopes.to(weight.dtype)
 
 
 @stem_backward.register_fake
 def _(gradient, taps, padded, kernel, weight, variance, total, spread, height, width, eps):
-    return torch.empty_like(kernel), torch.empty_like(weight), torch.empty_like(weight)
+    slope = torch.empty_like(kernel, memory_format=torch.contiguous_format)
+    return slope, torch.empty_like(weight), torch.empty_like(weight)
 
 
 def _keep(ctx, inputs, output) -> None:
