@@ -299,12 +299,17 @@ def _pen(pages: Float[Tensor, "B 1 H W"], pen_px: float) -> Float[Tensor, "B 1 H
 
 
 def _blur(pages: Tensor, deviation_px: float) -> Tensor:
+    """Return pages blurred by a Gaussian; as sums of shifted pages, which torch.compile fuses."""
     reach = math.ceil(2 * deviation_px)
-    offsets = torch.arange(-reach, reach + 1, device=pages.device)
-    kernel = torch.exp(-0.5 * (offsets / deviation_px) ** 2)
-    kernel = kernel / kernel.sum()
-    across = F.conv2d(pages, kernel.view(1, 1, 1, -1), padding=(0, reach))
-    return F.conv2d(across, kernel.view(1, 1, -1, 1), padding=(reach, 0))
+    weights = [math.exp(-0.5 * (offset / deviation_px) ** 2) for offset in range(-reach, reach + 1)]
+    for axis, padding in ((3, (reach, reach)), (2, (0, 0, reach, reach))):
+        length, padded = pages.shape[axis], F.pad(pages, padding)
+        shifted = [padded.narrow(axis, first, length) for first in range(2 * reach + 1)]
+        total = shifted[0] * (weights[0] / sum(weights))
+        for page, weight in zip(shifted[1:], weights[1:], strict=True):
+            total = total + page * (weight / sum(weights))
+        pages = total
+    return pages
 
 
 def _uniform(pages: Tensor) -> Tensor:

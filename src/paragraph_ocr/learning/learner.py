@@ -139,7 +139,8 @@ class Learner(pl.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         loss, count = self.training_loss(batch)
         total, count = self._over_processes(loss.detach(), count)
-        self.log("train/loss", total / count, batch_size=len(batch), prog_bar=True)
+        # not for Lightning's progress bar: it would wait for the GPU in every step
+        self.log("train/loss", total / count, batch_size=len(batch))
         loss = loss * self.trainer.world_size  # the mean of the processes' gradients is their sum
         if self.trainer.accumulate_grad_batches == 1:
             return loss / count
@@ -251,7 +252,7 @@ class Learner(pl.LightningModule):
         self.errors[stage].reset()
         for name, value in figures.items():
             # compute() has summed over all processes already
-            self.log(f"{stage}/{name}", value, prog_bar=name == "cer", rank_zero_only=False)
+            self.log(f"{stage}/{name}", value, rank_zero_only=False)
 
 
 def _time_share(trainer: pl.Trainer) -> Callable[[], float] | None:
