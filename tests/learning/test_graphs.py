@@ -138,3 +138,23 @@ def test_a_step_that_cannot_be_recorded_is_refused_with_the_remedy():
     first = torch.rand(3, device="cuda")
     torch.cuda.manual_seed(1)
     assert torch.equal(first, torch.rand(3, device="cuda")), "others in the process go on"
+
+
+@needs_a_gpu
+def test_a_recording_outlives_what_was_recorded_before_it():
+    """Lightning frees cuBLAS's workspaces at the end of a training, and then all unused memory."""
+    torch.manual_seed(0)
+    modules = [torch.nn.Linear(1024, 1024, bias=False).cuda() for _ in range(2)]
+    first, second = (
+        RecordedLoss(make_loss(module), module, pad=3, longest=1000) for module in modules
+    )
+    images = torch.randint(0, 2, (64, 1, 32, 32), dtype=torch.uint8, device="cuda")
+    tokens = torch.randint(4, 9, (64, 20), device="cuda")
+    for recorded in (first, first, second, second):
+        loss = recorded(images, tokens, None)[0]
+    (expected,) = torch.autograd.grad(loss, modules[1].parameters())
+    first.forget()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    (found,) = torch.autograd.grad(second(images, tokens, None)[0], modules[1].parameters())
+    assert torch.equal(found, expected)

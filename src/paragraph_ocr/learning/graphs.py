@@ -16,6 +16,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from paragraph_ocr.cuda_graph import recording
 from paragraph_ocr.errors import UserError
 
 PADDED_LENGTH = 64
@@ -64,9 +65,9 @@ class RecordedLoss:
         shape = (images.shape, tokens.shape, sizes is None)
         batch = (images, tokens, sizes)
         compute: _Compute = self._step
-        recording = self._recordings.get(shape)
-        if recording is not None:
-            compute = recording
+        recorded = self._recordings.get(shape)
+        if recorded is not None:
+            compute = recorded
         elif self._seen[shape] and len(self._recordings) < _MOST:
             compute = self._recordings[shape] = self._record(batch)
         self._seen[shape] += 1
@@ -164,7 +165,7 @@ class _Recording:
                 step(self._batch)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        with recording(self._graph, pool=pool):
             self._latest = step(self._batch)
         for buffer, kept in zip(buffers, before, strict=True):
             buffer.copy_(kept)

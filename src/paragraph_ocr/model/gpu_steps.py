@@ -17,6 +17,7 @@ import triton
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from paragraph_ocr.cuda_graph import recording
 from paragraph_ocr.model import kernels
 from paragraph_ocr.model.decoder import Decoder, Layer
 
@@ -198,7 +199,7 @@ class Steps:
             self._step()  # compiles the kernels, and has cuBLAS take its memory
         torch.cuda.current_stream(self.size.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with recording(self._graph):
             for _ in range(_STEPS_A_GRAPH):
                 self._step()
 
