@@ -15,3 +15,33 @@ SMALL_CURRICULUM = [
     "curriculum.look_every=3", "curriculum.replay=0.3", "decoding.max_loss=0.1",
 ]  # fmt: skip
 """The first stage is over at the first look, the second at the third."""
+
+
+INSTALLED = ["datamodule.fonts=null", "datamodule.held_out=[]", "datamodule.texts=null"]
+"""What stands in for that which scripts/fetch.py brings."""
+
+_RENDERED = ["trainer=cpu", "datamodule.placement=disk", *INSTALLED]
+
+RECIPES = {
+    "ten_minutes": _RENDERED,
+    "one_hour": _RENDERED,
+    "iam_finetune": ["datamodule.root=tests", "model.weights=null"],
+    "iam_from_scratch": ["datamodule.root=tests"],
+}
+"""What an experiment needs of its user, where there is no GPU."""
+
+FEW_STAGES = [
+    *(f"~curriculum.corpora.{name}_lines" for name in ("two", "four", "seven")),
+    *(
+        f"curriculum.corpora.{name}.{change}"
+        for name in ("one_line", "full_pages")
+        for change in (
+            "num_train=8", "width=160", "height=48", "min_lines=1", "max_lines=1",
+            "min_characters=4", "mean_characters=10", "max_characters=20", "max_length=24",
+        )
+    ),
+    "curriculum.stages=[{corpora:{one_line:1},batch_size:2,max_steps:1},"
+    "{corpora:{full_pages:1},batch_size:2}]",
+    "curriculum.look_every=1",
+]  # fmt: skip
+"""What makes two steps of a recipe that renders its stages."""

@@ -4,12 +4,14 @@ import sqlite3
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from paragraph_ocr.config import Experiment
 from paragraph_ocr.errors import UserError
-from paragraph_ocr.run import folder_name, make_folder
+from paragraph_ocr.quantised import restore
+from paragraph_ocr.run import RELEASE, folder_name, make_folder
 from paragraph_ocr.validation import CONF, compose, validate
-from small_curriculum import SMALL_CURRICULUM
+from small_curriculum import FEW_STAGES, INSTALLED, RECIPES, SMALL_CURRICULUM
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
@@ -28,6 +30,7 @@ NEEDED = {
     "datamodule=emnist_lines": ["datamodule.root=tests"],
     "vocabulary=from_data": ["datamodule=fake"],
     "curriculum=lines_to_page": ["datamodule=synthetic_paragraphs"],
+    "datamodule=synthetic_letters": INSTALLED,
 }
 """What a choice needs of its user."""
 
@@ -86,12 +89,59 @@ def test_every_choice_builds_all_parts(override, tmp_path):
     assert trainer.max_epochs is not None
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.startswith("iam_")])
 def test_every_experiment_runs_two_steps(run_experiment, name):
-    outcome = run_experiment(f"experiment={name}", "debug=ci", "tracking=off")
+    recipe = [*RECIPES[name], *FEW_STAGES] if name in RECIPES else []
+    outcome = run_experiment(f"experiment={name}", *recipe, "debug=ci", "tracking=off")
     assert 0 < outcome.metrics["val/loss"] < 20
     assert (outcome.folder / "best.safetensors").exists()
     assert (outcome.folder / "last.safetensors").exists()
+    assert (outcome.folder / RELEASE).exists() == (name in RECIPES)
+
+
+def test_what_is_released_is_what_was_tested(run_experiment):
+    typed = ["experiment=ten_minutes", *RECIPES["ten_minutes"], *FEW_STAGES, "model=tiny"]
+    outcome = run_experiment(*typed, "debug=ci", "tracking=off")
+    released = outcome.folder / RELEASE
+    again = run_experiment(
+        "model=tiny", "debug=ci", "tracking=off", *INSTALLED, "datamodule=synthetic_letters",
+        "datamodule.num_val=2", "datamodule.num_test=2", "datamodule.num_train=1",
+        f"model.weights={released}", "trainer.max_steps=1", "optimizer=sgd", "optimizer.lr=1e-12",
+        "regularization=none", "model.encoder.freeze=true",
+    )  # fmt: skip
+    measured = json.loads((released / "metrics.json").read_text())
+    assert measured["test/loss"] == outcome.metrics["test/loss"]
+    assert again.metrics["test/loss"] == pytest.approx(measured["test/loss"], rel=1e-5)
+    unrounded = load_file(outcome.folder / "best.safetensors")
+    rounded = restore(load_file(released / "best.safetensors"))
+    apart = [not torch.equal(rounded[name], weight) for name, weight in unrounded.items()]
+    assert any(apart) and not all(apart)
+
+
+@pytest.mark.parametrize("name", ["iam_finetune", "iam_from_scratch"])
+def test_every_recipe_for_iam_runs_two_steps(run_experiment, iam_copies, tmp_path, name):
+    small = ["model=tiny", "trainer=cpu", "tracking=off", "datamodule.num_workers=0"]
+    size = ["datamodule.height=96", "datamodule.width=128", "datamodule.max_length=190"]
+    if name == "iam_finetune":
+        start = run_experiment(
+            *small, "datamodule=fake", "debug=ci", "trainer.max_steps=1", "release=true"
+        )
+        recipe = [f"model.weights={start.folder / RELEASE}"]
+    else:
+        rendered = ("one_line", "two_lines", "four_lines", "seven_lines")
+        recipe = [
+            *(f"curriculum.corpora.{corpus}.num_train=4" for corpus in rendered),
+            *(f"~curriculum.corpora.{corpus}" for corpus in rendered[2:]),
+            "curriculum.stages=[{corpora:{iam_lines:1,one_line:1},batch_size:2,max_steps:1},"
+            "{corpora:{pages:1,two_lines:1},batch_size:2}]",
+        ]
+    outcome = run_experiment(
+        f"experiment={name}", f"datamodule.root={iam_copies / 'archives'}", *small, *size, *recipe,
+        "debug=quick", "trainer.max_steps=2", "curriculum.look_every=1",
+    )  # fmt: skip
+    assert 0 < outcome.metrics["val/loss"] < 20
+    assert outcome.metrics["test/cer"] >= 0
+    assert (outcome.folder / RELEASE).exists() == (name == "iam_finetune")
 
 
 def test_a_curriculum_goes_from_stage_to_stage_and_mlflow_draws_it(run_experiment, tmp_path):

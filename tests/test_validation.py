@@ -2,6 +2,7 @@ import pytest
 
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.validation import CONF, compose, overridden, validate
+from small_curriculum import INSTALLED, RECIPES
 
 CHOICES = [
     (folder.relative_to(CONF).as_posix(), file.stem)
@@ -14,6 +15,8 @@ NEEDED = {
     **{path.stem: ["datamodule.root=tests"] for path in (CONF / "datamodule").glob("iam_*.yaml")},
     "line_cnn": ["datamodule=synthetic_lines"],
     "lines_to_page": ["datamodule=synthetic_paragraphs"],
+    "synthetic_letters": INSTALLED,
+    **RECIPES,
 }
 """What a choice needs of its user."""
 
@@ -23,7 +26,8 @@ def test_every_file_of_conf_composes_and_validates(group, choice):
     needed = NEEDED.get(choice, [])
     if group.startswith("hydra/sweeper/"):
         needed = ["hydra/sweeper=study"]
-    assert validate(compose([*needed, f"{group}={choice}"])).seed == 0
+    # the choice first: what it needs may change keys that only it brings
+    assert validate(compose([f"{group}={choice}", *needed])).seed == 0
 
 
 @pytest.mark.parametrize(

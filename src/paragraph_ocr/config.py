@@ -304,6 +304,7 @@ class Experiment:
     outputs: str = MISSING
     trial: int | None = None
     resume: str | None = None
+    release: bool = False
     model: ModelConfig = MISSING
     datamodule: DataConfig = MISSING
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)

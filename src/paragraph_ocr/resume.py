@@ -41,7 +41,7 @@ CHANGEABLE = (
 )
 """Keys that may be given anew when a run goes on: how long, on what, and how it is watched."""
 
-_BESIDE = ("name", "outputs", "resume", "trial", "tracking", "model.weights")
+_BESIDE = ("name", "outputs", "resume", "release", "trial", "tracking", "model.weights")
 """Further keys that do not say what is being trained."""
 
 AUTO = "auto"

@@ -43,11 +43,15 @@ from paragraph_ocr.learning.checkpoint import (
 from paragraph_ocr.learning.curriculum import FollowCurriculum
 from paragraph_ocr.learning.learner import Learner
 from paragraph_ocr.learning.processes import Processes
+from paragraph_ocr.quantised import quantise, restore
 from paragraph_ocr.resume import Unfinished, find_unfinished, held, identity, write_story
 from paragraph_ocr.stored import CONFIG, write_config
 from paragraph_ocr.tracking import OUTBOX, PARENT_VARIABLE, TROUBLE, TrackedRun, database_uri
 
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+RELEASE = "release"
+"""Folder of a run's release, in the run's own."""
 
 FOLDER_VARIABLE = "PARAGRAPH_OCR_RUN_FOLDER"
 """Environment variable through which a run of several processes tells the others its folder."""
@@ -278,6 +282,8 @@ class _Job:
         tests = bool(limits.limit_test_batches) and not trainer.fast_dev_run and not pruned
         if tests and self.keep.best_path.exists():
             build_model.load_weights(learner.kept, self.keep.best_path)
+            if experiment.release:
+                learner.kept.load_state_dict(restore(quantise(learner.kept.state_dict())))
             trainer.test(learner, datamodule=datamodule, verbose=False)
             metrics |= _metrics(trainer)
         fit_seconds = time.perf_counter() - fit_began
@@ -287,6 +293,8 @@ class _Job:
         _report(experiment, learner, metrics, folder=self.folder, name=self.name, tracked=tracked)
         if tracked and experiment.tracking.log_model and self.keep.best_path.exists():
             _log_model(experiment, tracked.run_id, folder=self.folder)
+        if experiment.release and self.keep.best_path.exists() and trainer.is_global_zero:
+            _release(self.folder, metrics)
         return metrics, fit_seconds
 
     @contextmanager
@@ -459,6 +467,17 @@ def _log_model(experiment: Experiment, run_id: str | None, *, folder: Path) -> N
         console.warn(f"MLflow did not take the model ({error}). Log it later with {later}")
         return
     console.say(f"serve it   {serve_command(logged, uri)}")
+
+
+def _release(folder: Path, metrics: Mapping[str, float]) -> None:
+    """Leave what is passed on in the run's folder, and say how it is read with."""
+    # what reads is not needed to train
+    from paragraph_ocr.reading import Recognizer
+    from paragraph_ocr.reading.release import release
+
+    target = folder / RELEASE
+    release(Recognizer.load(folder, device="cpu"), target, metrics=metrics)
+    console.say(f"read with it   python scripts/read.py checkpoint={target} image=<scan>")
 
 
 def _ui_command(experiment: Experiment) -> str:

