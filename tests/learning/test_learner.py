@@ -1,14 +1,16 @@
 import pytest
+import pytorch_lightning as pl
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from paragraph_ocr.learning.callbacks import Measure, TrainingProgress
 from paragraph_ocr.learning.learner import add_token_noise
 from paragraph_ocr.validation import compose, validate
 
 
 def first_step(accumulate, batch_size, tmp_path, *more):
     """Return by how much the optimizer's first step moves each weight, on the same 4 paragraphs."""
-    import pytorch_lightning as pl
-
     from paragraph_ocr import build, build_model
 
     overrides = [
@@ -71,3 +73,63 @@ def test_token_noise_changes_a_share_of_the_characters_and_no_special_token():
     assert float(changed[tokens >= 4].float().mean()) == pytest.approx(0.2 * 79 / 80, abs=0.02)
     assert noisy[tokens >= 4].min() >= 4
     assert add_token_noise(tokens, share=0.0, first=4, num_tokens=84) is tokens
+
+
+class Answers(TorchFunctionMode):
+    """Notes what Python asks a tensor of float numbers for: a GPU would be waited for."""
+
+    asking = (Tensor.item, Tensor.tolist, Tensor.__float__, Tensor.__bool__, Tensor.cpu)
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self.asking and args[0].is_floating_point():
+            self.asked.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+class Listen(pl.Callback):
+    """Listens from one step's beginning to the end of another's."""
+
+    def __init__(self, first, last):
+        self.first, self.last, self.answers = first, last, Answers()
+
+    def on_train_batch_start(self, trainer, learner, batch, batch_index):
+        if trainer.global_step == self.first:
+            self.answers.__enter__()
+
+    def on_train_batch_end(self, trainer, learner, outputs, batch, batch_index):
+        if trainer.global_step == self.last:
+            self.answers.__exit__(None, None, None)
+
+
+def asked_in_steps(tmp_path, callbacks, *, log_every):
+    """Return what was asked of tensors in steps 3 to 5 of a training by the Trainer."""
+    from paragraph_ocr import build, build_model
+
+    experiment = validate(
+        compose(
+            [
+                "model=tiny", "debug=ci", "datamodule=fake", "optimizer=sgd", "trainer=cpu",
+                "trainer.max_steps=6", "trainer.max_epochs=6", "trainer.limit_val_batches=0",
+                f"trainer.log_every_n_steps={log_every}", f"outputs={tmp_path}",
+            ]
+        )
+    )  # fmt: skip
+    vocabulary = build.build_vocabulary(experiment)
+    recognizer = build_model.build_recognizer(experiment, vocabulary)
+    learner = build.build_learner(experiment, recognizer, vocabulary)
+    listen = Listen(2, 5)
+    trainer = build.build_trainer(
+        experiment, folder=tmp_path, logger=None, callbacks=[*callbacks, listen]
+    )
+    trainer.fit(learner, datamodule=build.build_pages(experiment, vocabulary))
+    return listen.answers.asked
+
+
+def test_steps_that_are_not_logged_wait_for_no_number_of_a_gpu(tmp_path):
+    callbacks = [Measure(), TrainingProgress()]
+    assert asked_in_steps(tmp_path, callbacks, log_every=100) == []
+    assert asked_in_steps(tmp_path, [Measure(), TrainingProgress()], log_every=1) != []

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paragraph_ocr import build, console
 from paragraph_ocr.batch import Batch
@@ -38,6 +39,8 @@ TOKENS_ON_A_CPU = 64
 """Read by both unless full=true: for 682 the reference takes minutes a page there."""
 
 _TIMES = 3  # that pages and images are read, at most
+
+_PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 _HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -102,8 +105,12 @@ class Pair:
     def read_as_published(
         self, batch: Batch, *, precision: str | None = None
     ) -> Int[Tensor, "B L"]:
-        """Return the reference's tokens, in fp16 on a GPU as published, or in another precision."""
-        with under(precision or published_precision(self.device), self.device):
+        """Return the reference's tokens, in fp16 on a GPU as published, or in another precision.
+
+        Without cuDNN's attention, which plans anew for each length of the prefix: minutes, at first.
+        """
+        half = under(precision or published_precision(self.device), self.device)
+        with half, sdpa_kernel(_PLANLESS):
             return self.reference.read(
                 batch.images, max_length=self.experiment.datamodule.max_length
             )
