@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from paragraph_ocr import build
 from paragraph_ocr.curriculum import Curriculum, Stage
@@ -139,3 +140,25 @@ def test_what_fails_beside_is_told_where_it_is_needed(small, monkeypatch, tmp_pa
         small.lengths()
     assert time.monotonic() - began < 5
     small._beside = None
+
+
+def test_pages_in_memory_are_opened_ahead_of_their_stage_and_give_the_same_batches(tmp_path):
+    def batches(placement):
+        typed = [*SMALL_CURRICULUM, f"datamodule.placement={placement}", "model=tiny"]
+        experiment = validate(compose([*typed, f"outputs={tmp_path}"]))
+        module = build.build_datamodule(experiment, build.build_vocabulary(experiment))
+        module.prepare_data()
+        module.setup("fit")
+        seen, ahead = [], []
+        for stage in range(3):
+            module.reached.stage = stage
+            seen += module.train_dataloader()
+            ahead.append(sorted(module._ahead.opened()) if module._ahead is not None else [])
+        module.teardown("fit")
+        return seen, ahead
+
+    (plain, none), (kept, ahead) = batches("disk"), batches("host")
+    assert none == [[], [], []] and ahead == [["two_lines"], ["pages"], []]
+    assert len(plain) == len(kept) == 9
+    for one, other in zip(plain, kept, strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.tokens, other.tokens)

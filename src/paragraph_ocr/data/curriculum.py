@@ -5,8 +5,10 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.pages, self.corpora, self.curriculum = pages, corpora, curriculum
         self.reached = Reached()
         self._ready: dict[str, Dataset[Batch]] = {}
+        self._ahead: _Ahead | None = None
         self._beside: subprocess.Popen[bytes] | None = None
         self._start = (0, 0)  # look, and steps done since
 
@@ -69,6 +72,9 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.pages.setup(stage)
 
     def teardown(self, stage: str) -> None:
+        if self._ahead is not None:
+            self._ahead.give_up()
+            self._ahead = None
         if self._beside is not None and stage == "fit":
             self._beside.terminate()
             self._beside.wait()
@@ -100,25 +106,53 @@ class CurriculumDataModule(pl.LightningDataModule):
 
     def lengths(self) -> dict[str, int]:
         """Return how many paragraphs each corpus of the stages so far has, made ready if need be."""
-        for stage in self.curriculum.stages[: self.reached.stage + 1]:
-            for name in stage.shares:
-                if name not in self._ready:
-                    self._make_ready(name)
+        for name in self._names(self.reached.stage + 1):
+            if name not in self._ready:
+                self._make_ready(name)
+        later = [name for name in self._names(self.reached.stage + 2) if name not in self._ready]
+        if later and self._ahead is None and self.pages.placement != "disk":
+            self._ahead = _Ahead(later, self._open_once_there, device=self.pages.device)
         return {name: len(self.corpora[name].train) for name in self._ready}
 
+    def _names(self, num_stages: int) -> list[str]:
+        """Return the corpora of the first stages."""
+        stages = self.curriculum.stages[:num_stages]
+        return list(dict.fromkeys(name for stage in stages for name in stage.shares))
+
     def _make_ready(self, name: str) -> None:
-        """Open a corpus, once its store is there."""
-        module, began = self.corpora[name], time.monotonic()
-        path = store_path(*self._store(name))
-        while not path.exists() and self._beside is not None and self._beside.poll() is None:
-            time.sleep(0.05)
-        if not path.exists():
-            module.prepare_data()  # the process beside has failed; here its reason is seen
+        """Have a corpus to train on, opened ahead or now, once its store is there."""
+        began = time.monotonic()
+        opened = self._ahead.opened() if self._ahead is not None else {}
+        self._ahead = None
+        self._ready |= opened
+        if name not in self._ready:
+            while not self._is_there(name) and self._is_being_made():
+                time.sleep(0.05)
+            if not self._is_there(name):
+                # the process beside has failed; here its reason is seen
+                self.corpora[name].prepare_data()
+            self._ready[name] = self._open(name)
         if (waited := time.monotonic() - began) > 1:
             console.warn(f"curriculum: training has waited {waited:.0f} s for the pages of {name}.")
+
+    def _is_there(self, name: str) -> bool:
+        return store_path(*self._store(name)).exists()
+
+    def _is_being_made(self) -> bool:
+        return self._beside is not None and self._beside.poll() is None
+
+    def _open(self, name: str) -> Dataset[Batch]:
+        module = self.corpora[name]
         module.trainer = self.trainer
         module.setup("fit")
-        self._ready[name] = module.batches("train")
+        return module.batches("train")
+
+    def _open_once_there(self, name: str, unwanted: threading.Event) -> Dataset[Batch] | None:
+        """Return a corpus as soon as its store is there; None if it will not be, or is unwanted."""
+        while not self._is_there(name):
+            if not self._is_being_made() or unwanted.wait(0.1):
+                return None
+        return self._open(name)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where in the curriculum the training stands, and in what."""
@@ -168,6 +202,48 @@ def _ends(stage: Stage) -> Iterator[str]:
         yield f"until train/loss is below {stage.below:g}"
     if stage.max_steps is not None:
         yield f"for {stage.max_steps:,} steps at most"
+
+
+class _Ahead:
+    """A thread that opens the corpora of the next stage while this one is trained on.
+
+    Pages on a card are copied on a stream of the thread's own: the training's is full of steps.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        open_once_there: Callable[[str, threading.Event], Dataset[Batch] | None],
+        *,
+        device: torch.device,
+    ) -> None:
+        self._names, self._open, self._device = names, open_once_there, device
+        self._opened: dict[str, Dataset[Batch]] = {}
+        self._unwanted = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        on_card = self._device.type == "cuda"
+        stream = torch.cuda.Stream(self._device) if on_card else None
+        # whatever goes wrong here is seen where the pages are needed
+        with torch.cuda.stream(stream), suppress(Exception):
+            for name in self._names:
+                corpus = self._open(name, self._unwanted)
+                if corpus is None:
+                    return
+                if stream is not None:
+                    stream.synchronize()
+                self._opened[name] = corpus
+
+    def opened(self) -> dict[str, Dataset[Batch]]:
+        """Return what could be opened, once the thread has done what it can."""
+        self._thread.join()
+        return self._opened
+
+    def give_up(self) -> None:
+        self._unwanted.set()
+        self._thread.join()
 
 
 class MixedDataset(Dataset[Batch]):
