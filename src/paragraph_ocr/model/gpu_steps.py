@@ -20,9 +20,13 @@ from torch import Tensor, nn
 from paragraph_ocr.cuda_graph import recording
 from paragraph_ocr.model import kernels
 from paragraph_ocr.model.decoder import Decoder, Layer
+from paragraph_ocr.model.resident import ResidentSteps, fits
 
 FUSED_ROWS = 32
 """Rows up to which each multiplies by the weights itself; for more, cuBLAS is faster."""
+
+RESIDENT = True
+"""Whether one row alone is read by programs that stay on the card."""
 
 _LARGEST_TILE = 2**14
 """Weights of a head's projection that a program holds in its registers beside three others."""
@@ -54,7 +58,9 @@ class Size(NamedTuple):
     device: torch.device
 
 
-_recorded: WeakKeyDictionary[Decoder, OrderedDict[Size, "Steps"]] = WeakKeyDictionary()
+_recorded: WeakKeyDictionary[Decoder, OrderedDict[Size, "Steps | ResidentSteps"]] = (
+    WeakKeyDictionary()
+)
 
 
 def read_greedily(
@@ -89,9 +95,24 @@ def read_greedily(
         if size not in recorded:
             while len(recorded) >= _KEPT:
                 recorded.popitem(last=False)
-            recorded[size] = Steps(decoder, size)
+            recorded[size] = _steps(decoder, size)
         recorded.move_to_end(size)
         return recorded[size].read(decoder, memory, memory_mask, start=start, pad=pad)
+
+
+def _steps(decoder: Decoder, size: Size) -> "Steps | ResidentSteps":
+    if size.rows == 1 and RESIDENT and _fits_registers(decoder) and fits(decoder, size.device):
+        return ResidentSteps(
+            decoder, cells=size.cells, masked=size.masked, length=size.length, end=size.end,
+            dtype=size.dtype, device=size.device,
+        )  # fmt: skip
+    return Steps(decoder, size)
+
+
+def _fits_registers(decoder: Decoder) -> bool:
+    """Return whether a program can hold a head's projections."""
+    heads = cast(Layer, decoder.layers[0]).self_attention.heads
+    return _power(decoder.width) * _power(decoder.width // heads) <= _LARGEST_TILE
 
 
 class Steps:
@@ -105,8 +126,7 @@ class Steps:
         self._width, self._heads, self._hidden = width, heads, hidden
         self._pre = layers[0].pre
         self._norms_eps = cast(nn.LayerNorm, layers[0].norms[0]).eps
-        tile = _power(width) * _power(width // heads)
-        self._fused = size.rows <= FUSED_ROWS and tile <= _LARGEST_TILE
+        self._fused = size.rows <= FUSED_ROWS and _fits_registers(decoder)
         hopper = (
             size.device.type == "cuda" and torch.cuda.get_device_capability(size.device)[0] >= 9
         )

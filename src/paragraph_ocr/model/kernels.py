@@ -53,7 +53,7 @@ def _total(
 
 @triton.jit
 @no_type_check
-def _normalised(values, weight, bias, columns, inside, WIDTH: tl.constexpr, EPS: tl.constexpr):
+def normalised(values, weight, bias, columns, inside, WIDTH: tl.constexpr, EPS: tl.constexpr):
     centred = tl.where(inside, values - tl.sum(values, axis=0) / WIDTH, 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, axis=0) / WIDTH + EPS)
     weights = tl.load(weight + columns, mask=inside, other=0.0)
@@ -87,7 +87,7 @@ def _inputs(
     values = _total(states_in, parts, bias, row, columns, inside, WIDTH, PARTS, BLOCK_PARTS)
     inputs = values
     if PRE or PARTS > 0:
-        inputs = _normalised(values, norm_weight, norm_bias, columns, inside, WIDTH, EPS)
+        inputs = normalised(values, norm_weight, norm_bias, columns, inside, WIDTH, EPS)
     if writes:
         tl.store(states_out + row * WIDTH + columns, values if PRE else inputs, mask=inside)
     return inputs
@@ -95,7 +95,7 @@ def _inputs(
 
 @triton.jit
 @no_type_check
-def _tile(weight, first, lanes, in_lanes, columns, inside, WIDTH: tl.constexpr):
+def tile(weight, first, lanes, in_lanes, columns, inside, WIDTH: tl.constexpr):
     """Return rows `first + lanes` of a linear layer's weights.
 
     Asked for before the inputs are known, they are on their way while those are computed.
@@ -106,7 +106,7 @@ def _tile(weight, first, lanes, in_lanes, columns, inside, WIDTH: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _columns_tile(weight, first, lanes, in_lanes, columns, inside, WIDTH: tl.constexpr):
+def columns_tile(weight, first, lanes, in_lanes, columns, inside, WIDTH: tl.constexpr):
     """Return columns `first + lanes` of a linear layer's weights of WIDTH inputs."""
     place = columns[:, None] * WIDTH + first + lanes[None, :]
     return tl.load(weight + place, mask=inside[:, None] & in_lanes[None, :], other=0.0)
@@ -114,9 +114,9 @@ def _columns_tile(weight, first, lanes, in_lanes, columns, inside, WIDTH: tl.con
 
 @triton.jit
 @no_type_check
-def _product(tile, bias, inputs, first, lanes, in_lanes):
-    """Return some outputs of a linear layer."""
-    outputs = tl.sum(tile.to(tl.float32) * inputs[None, :], axis=1)
+def product(rows, bias, inputs, first, lanes, in_lanes):
+    """Return some outputs of a linear layer, whose weights `tile` has given."""
+    outputs = tl.sum(rows.to(tl.float32) * inputs[None, :], axis=1)
     return outputs + tl.load(bias + first + lanes, mask=in_lanes, other=0.0)
 
 
@@ -150,7 +150,7 @@ def _gather(
 
 @triton.jit
 @no_type_check
-def _attended(
+def attended(
     query,
     keys,
     values,
@@ -201,25 +201,25 @@ def attention_block(
     columns, lanes = tl.arange(0, BLOCK_WIDTH), tl.arange(0, BLOCK_HEAD)
     inside, in_lanes = columns < WIDTH, lanes < HEAD
     first, base = head * HEAD, (row * HEADS + head) * CELLS * HEAD
-    queries = _tile(weight, first, lanes, in_lanes, columns, inside, WIDTH)
-    outputs = _columns_tile(out_weight, first, lanes, in_lanes, columns, inside, WIDTH)
+    queries = tile(weight, first, lanes, in_lanes, columns, inside, WIDTH)
+    outputs = columns_tile(out_weight, first, lanes, in_lanes, columns, inside, WIDTH)
     if SELF:
-        to_keys = _tile(weight, WIDTH + first, lanes, in_lanes, columns, inside, WIDTH)
-        to_values = _tile(weight, 2 * WIDTH + first, lanes, in_lanes, columns, inside, WIDTH)
+        to_keys = tile(weight, WIDTH + first, lanes, in_lanes, columns, inside, WIDTH)
+        to_values = tile(weight, 2 * WIDTH + first, lanes, in_lanes, columns, inside, WIDTH)
     _wait(AHEAD)
     if tl.load(ended + row) == 0:
         inputs = _inputs(
             states_in, states_out, parts_in, bias_in, norm_weight, norm_bias, row, head == 0,
             columns, inside, WIDTH, PARTS, BLOCK_PARTS, PRE, EPS,
         )  # fmt: skip
-        query = _product(queries, bias, inputs, first, lanes, in_lanes) * scale
+        query = product(queries, bias, inputs, first, lanes, in_lanes) * scale
         count = CELLS
         # finite: cells before the first that is seen weigh nothing
         most, weights = tl.full([], -1e30, tl.float32), tl.full([], 0.0, tl.float32)
         gathered = tl.zeros([BLOCK_HEAD], dtype=tl.float32)
         if SELF:
-            key = _product(to_keys, bias, inputs, WIDTH + first, lanes, in_lanes)
-            value = _product(to_values, bias, inputs, 2 * WIDTH + first, lanes, in_lanes)
+            key = product(to_keys, bias, inputs, WIDTH + first, lanes, in_lanes)
+            value = product(to_values, bias, inputs, 2 * WIDTH + first, lanes, in_lanes)
             key, value = key.to(keys.dtype.element_ty), value.to(values.dtype.element_ty)
             count = tl.load(positions + row)
             place = base + count * HEAD + lanes
@@ -228,7 +228,7 @@ def attention_block(
             # its own cell is taken from here: what was just stored cannot be relied upon yet
             most = tl.sum(query * key.to(tl.float32), axis=0)
             weights, gathered = tl.full([], 1.0, tl.float32), value.to(tl.float32)
-        gathered = _attended(
+        gathered = attended(
             query, keys, values, mask, row, base, count, lanes, in_lanes, most, weights, gathered,
             HEAD, CELLS, MASKED, BLOCK,
         )  # fmt: skip
@@ -250,15 +250,15 @@ def feed_forward_block(
     columns, lanes = tl.arange(0, BLOCK_WIDTH), tl.arange(0, BLOCK_HIDDEN)
     first = split * BLOCK_HIDDEN
     inside, in_lanes = columns < WIDTH, first + lanes < HIDDEN
-    expand = _tile(expand_weight, first, lanes, in_lanes, columns, inside, WIDTH)
-    contract = _columns_tile(contract_weight, first, lanes, in_lanes, columns, inside, HIDDEN)
+    expand = tile(expand_weight, first, lanes, in_lanes, columns, inside, WIDTH)
+    contract = columns_tile(contract_weight, first, lanes, in_lanes, columns, inside, HIDDEN)
     _wait(AHEAD)
     if tl.load(ended + row) == 0:
         inputs = _inputs(
             states_in, states_out, parts_in, bias_in, norm_weight, norm_bias, row, split == 0,
             columns, inside, WIDTH, PARTS, BLOCK_PARTS, PRE, EPS,
         )  # fmt: skip
-        hidden = tl.maximum(_product(expand, expand_bias, inputs, first, lanes, in_lanes), 0.0)
+        hidden = tl.maximum(product(expand, expand_bias, inputs, first, lanes, in_lanes), 0.0)
         part = tl.sum(contract.to(tl.float32) * hidden[None, :], axis=1)
         splits = tl.num_programs(1)
         tl.store(parts_out + (row * splits + split) * WIDTH + columns, part, mask=inside)
@@ -281,19 +281,19 @@ def read_out(
     row = tl.program_id(0)
     columns, lanes = tl.arange(0, BLOCK_WIDTH), tl.arange(0, BLOCK_TOKENS)
     inside = columns < WIDTH
-    tile = _tile(weight, 0, lanes, lanes < TOKENS, columns, inside, WIDTH)
+    rows = tile(weight, 0, lanes, lanes < TOKENS, columns, inside, WIDTH)
     _wait(AHEAD)
     if tl.load(ended + row) == 0:
         inputs = _total(
             states_in, parts_in, bias_in, row, columns, inside, WIDTH, PARTS, BLOCK_PARTS
         )
-        inputs = _normalised(inputs, norm_weight, norm_bias, columns, inside, WIDTH, EPS)
+        inputs = normalised(inputs, norm_weight, norm_bias, columns, inside, WIDTH, EPS)
         highest, weights, token = float("-inf"), 0.0, 0
         for first in tl.static_range(0, TOKENS, BLOCK_TOKENS):
             in_lanes = first + lanes < TOKENS
             if first > 0:
-                tile = _tile(weight, first, lanes, in_lanes, columns, inside, WIDTH)
-            logits = _product(tile, bias, inputs, first, lanes, in_lanes)
+                rows = tile(weight, first, lanes, in_lanes, columns, inside, WIDTH)
+            logits = product(rows, bias, inputs, first, lanes, in_lanes)
             logits = tl.where(in_lanes, logits, float("-inf"))
             best = tl.max(logits, axis=0)
             choice = first + tl.argmax(logits, axis=0)
@@ -361,7 +361,7 @@ def attend(
             tl.store(values + place, value, mask=in_lanes)
             most = tl.sum(query * key.to(tl.float32), axis=0)
             weights, gathered = tl.full([], 1.0, tl.float32), value.to(tl.float32)
-        gathered = _attended(
+        gathered = attended(
             query, keys, values, mask, row, base, count, lanes, in_lanes, most, weights, gathered,
             HEAD, CELLS, MASKED, BLOCK,
         )  # fmt: skip
