@@ -47,6 +47,7 @@ class Learner(pl.LightningModule):
         ema: share of the averaged weights that an optimizer step keeps; they are what validation reads
             with and what is kept. 0 keeps no average.
         compile: augmentation and teacher-forced pass by torch.compile.
+        sizes_vary: pages come on many canvases: compile the pass once for all of them.
         cuda_graphs: record the training step as CUDA graphs (one process, no loss scaling).
         on_not_finite: told the number of an optimizer step whose gradients are not finite, which then
             changes nothing; None does not look, because looking waits for a GPU.
@@ -69,6 +70,7 @@ class Learner(pl.LightningModule):
         ema: float = 0.0,
         on_not_finite: Callable[[int], None] | None = None,
         compile: bool = False,
+        sizes_vary: bool = False,
         cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
@@ -86,11 +88,12 @@ class Learner(pl.LightningModule):
         self.losses = nn.ModuleDict({stage: TokenLoss() for stage in stages})
         self.samples: list[Sample] = []
         self.optimizer, self._schedule = optimizer, schedule
-        # a plain attribute: the compiled module must not add its weights a second time
-        self._predict: Callable[..., Tensor] = (
-            torch.compile(recognizer.forward) if compile else recognizer.forward
-        )
-        self._augmented: Callable[..., Tensor] = torch.compile(augment) if compile else augment
+        # plain attributes: the compiled module must not add its weights a second time
+        self._predict: Callable[..., Tensor] = recognizer.forward
+        self._augmented: Callable[..., Tensor] = augment
+        if compile:
+            self._predict = torch.compile(recognizer.forward, dynamic=True if sizes_vary else None)
+            self._augmented = torch.compile(augment)
         self._training_loss: Callable[..., tuple[Tensor, Tensor]] = (
             RecordedLoss(self._loss, recognizer, pad=vocabulary.pad, longest=max_length)
             if cuda_graphs
