@@ -30,6 +30,10 @@ class Options:
     into: Path = field(
         default=Path("outputs/readings"), metadata={"help": "folder of the written files"}
     )
+    normalise: bool | None = field(
+        default=None,
+        metadata={"help": "true, false; null: as the model's datamodule.normalise says"},
+    )
     batch_size: int = field(default=16, metadata={"help": "images read together"})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:<n>"})
     outputs: Path = field(
@@ -52,6 +56,8 @@ def read(options: Options) -> int:
     from paragraph_ocr.reading.write import FORMATS
 
     recognizer = Recognizer.load(options.checkpoint, device=options.device, outputs=options.outputs)
+    if options.normalise is not None:
+        recognizer.normalise = options.normalise
     created, refused, began = datetime.now(UTC), 0, time.perf_counter()
     several = len(paths) > 1
     with console.progress("read", apart=True) as progress:

@@ -66,8 +66,8 @@ WRITABLE = "".join(map(chr, range(32, 127))) + "\n"
 """What generated text is written in where the vocabulary is to be found in it: ASCII."""
 
 _LOADING = {
-    "root", "batch_size", "num_workers", "max_length", "too_long", "placement", "length_buckets",
-    "pad_to_multiple",
+    "root", "batch_size", "num_workers", "max_length", "too_long", "normalise", "placement",
+    "length_buckets", "pad_to_multiple",
 }  # fmt: skip
 """Fields of a data module that say how paragraphs are loaded, not what they are."""
 
@@ -187,6 +187,7 @@ def build_corpus(data: DataConfig, characters: str, *, seed: int) -> Corpus:
                 height=data.height,
                 width=data.width,
                 split=data.split,
+                normalise=data.normalise,
             )
         case IamLinesData(root=str(root)) | IamParagraphsData(root=str(root)):
             stacked = isinstance(data, IamStackedData)

@@ -71,6 +71,7 @@ class DataConfig:
     height: int = MISSING
     width: int = MISSING
     too_long: str = "error"
+    normalise: bool = False
     placement: str = "disk"
     length_buckets: int = 0
     pad_to_multiple: int = 1

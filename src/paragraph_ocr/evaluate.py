@@ -216,8 +216,13 @@ def _model(named: str, options: Options, overrides: Sequence[str]) -> _Model:
     words = list(overrides)
     if any(word.startswith("datamodule=") for word in words):
         data = stored.datamodule
-        canvas = {"height": data.height, "width": data.width, "max_length": _ANY_LENGTH}
-        words = [*(f"datamodule.{key}={value}" for key, value in canvas.items()), *words]
+        own = {
+            "height": data.height,
+            "width": data.width,
+            "normalise": data.normalise,
+            "max_length": _ANY_LENGTH,
+        }
+        words = [*(f"datamodule.{key}={value}" for key, value in own.items()), *words]
     experiment = overridden(stored, words)
     recognizer = Recognizer.load(checkpoint.weights, device=options.device)
     recognizer.decoding = build.build_decoding(experiment)
@@ -296,7 +301,7 @@ def _about(model: _Model, other: _Model | None, options: Options) -> dict[str, s
         "checkpoint": str(model.checkpoint.weights),
         "data": data.name + (f" in {data.root}" if data.root else ""),
         "split": options.split + (f", its first {len(model.rows)}" if options.limit else ""),
-        "canvas": f"{data.height}x{data.width} px",
+        "canvas": f"{data.height}x{data.width} px" + (", normalised" if data.normalise else ""),
         "decoding": decoding.name
         + (f", {decoding.beam_width} beams" if decoding.name == "beam" else ""),
         "store": model.store.path.name,

@@ -128,7 +128,7 @@ def test_a_page_is_that_of_the_whole_scan(tmp_path, name):
         image = Image.fromarray(grey)
         path = saved(tmp_path, image.convert("RGB") if "colour" in name else image, name)
         expected = fit(slow_ink(read_grey(path, where="")), height=576, width=640)
-        page, own = read_page(path, where="", height=576, width=640)
+        page, own, _ = read_page(path, where="", height=576, width=640)
         assert own == (height, width)
         assert page.shape == expected.shape
         assert np.abs(page.astype(int) - expected).mean() < 1.5
@@ -151,7 +151,7 @@ def test_a_turned_jpeg_that_comes_smaller_is_upright_and_knows_its_size(tmp_path
     exif[0x0112] = 6
     turned = Image.fromarray(grey).transpose(Image.Transpose.ROTATE_90)
     path = saved(tmp_path, turned, "photo.jpg", exif=exif, quality=95)
-    page, own = read_page(path, where="", height=300, width=400)
+    page, own, _ = read_page(path, where="", height=300, width=400)
     assert own == (2400, 1600)
     expected = fit(slow_ink(grey), height=300, width=400)
     assert page.shape == expected.shape == (300, 200)
@@ -161,7 +161,7 @@ def test_a_turned_jpeg_that_comes_smaller_is_upright_and_knows_its_size(tmp_path
 def test_an_image_of_the_callers_stays_as_it_is(tmp_path):
     path = saved(tmp_path, Image.fromarray(letter(0, height=2000, width=1600)), "a.jpg")
     with Image.open(path) as image:
-        page, own = read_page(image, where="", height=100, width=100)
+        page, own, _ = read_page(image, where="", height=100, width=100)
         assert image.size == (1600, 2000) and own == (2000, 1600)
         assert page.shape == (100, 80)
 

@@ -12,6 +12,7 @@ from pages import scans
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.evaluate import Options, evaluate
 from paragraph_ocr.metrics import ReadingErrors
+from paragraph_ocr.reading import Recognizer
 from paragraph_ocr.reading.checkpoint import find_checkpoint
 from paragraph_ocr.reading.report import marked
 
@@ -43,6 +44,18 @@ def test_it_judges_the_readings_that_read_gives(recognizer, run_folder, images, 
         assert outcome.evaluation.rates[name].value == value
     assert 0 < outcome.evaluation.rates["cer"].value < 0.9
     assert outcome.run_id is None
+
+
+def test_a_folder_is_normalised_as_an_image_is(make_run, images, here):
+    run = make_run("datamodule.normalise=true", steps=0)
+    recognizer = Recognizer.load(run, device="cpu")
+    words = ["datamodule=folder", f"datamodule.root={images}", ALL, "tracking=off", *here]
+    for typed, normalise in (([], True), (["datamodule.normalise=false"], False)):
+        recognizer.normalise = normalise
+        outcome = evaluate(Options(str(run), device="cpu", limit=4), [*words, *typed])
+        readings = [one.reading for one in outcome.evaluation.read]
+        assert readings == [recognizer.read(path).text for path in scans(images)[:4]]
+        assert ("normalised" in outcome.report.read_text()) is normalise
 
 
 def test_the_files_say_what_was_found(run_folder, here):

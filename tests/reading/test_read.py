@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,8 @@ from paragraph_ocr.data.scan import MAX_PIXELS
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.reading import Recognizer, Refusal, Transcript, read
 from paragraph_ocr.reading.checkpoint import find_checkpoint
-from paragraph_ocr.reading.transcript import bands
+from paragraph_ocr.reading.page import prepare
+from paragraph_ocr.reading.transcript import Character, bands, split_lines
 
 HEAVY = ("pytorch_lightning", "hydra", "mlflow", "optuna", "torchmetrics")
 
@@ -48,12 +50,20 @@ def test_a_batch_reads_as_one_by_one(recognizer, images):
         assert other.log_probability == pytest.approx(one.log_probability, abs=1e-3)
 
 
-def test_a_page_is_the_one_that_the_folder_data_module_stores(recognizer, images, tmp_path):
+@pytest.mark.parametrize("normalise", [False, True])
+def test_a_page_is_the_one_that_the_folder_data_module_stores(
+    recognizer, images, tmp_path, monkeypatch, normalise
+):
     from paragraph_ocr.data.folder import FolderCorpus
     from paragraph_ocr.data.store import Store
 
-    corpus = FolderCorpus(name="folder", folder=images, height=64, width=160)
-    store = Store(corpus.prepare(tmp_path, num_workers=0))
+    monkeypatch.setattr(recognizer, "normalise", normalise)
+    settings = {"name": "folder", "folder": images, "height": 64, "width": 160}
+    path = FolderCorpus(**settings, normalise=normalise).prepare(tmp_path, num_workers=0)
+    assert path != FolderCorpus(**settings, normalise=not normalise).prepare(
+        tmp_path, num_workers=0
+    )
+    store = Store(path)
     assert len(store) == 12
     for row, source in enumerate(store.sources):
         canvas, size = recognizer.page(images / source)
@@ -61,7 +71,9 @@ def test_a_page_is_the_one_that_the_folder_data_module_stores(recognizer, images
         assert size == tuple(store.sizes[row])
 
 
-def test_a_transcript_holds_together(recognizer, images):
+@pytest.mark.parametrize("normalise", [False, True])
+def test_a_transcript_holds_together(recognizer, images, monkeypatch, normalise):
+    monkeypatch.setattr(recognizer, "normalise", normalise)
     for path in scans(images):
         transcript = recognizer.read(path)
         assert "\n".join(line.text for line in transcript.lines) == transcript.text
@@ -111,9 +123,32 @@ def test_an_array_that_is_no_image_is_refused(recognizer, array):
         recognizer.read(array)
 
 
+@pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4000), (4000, 1), (3, 3)])
-def test_the_smallest_images_are_read(recognizer, shape):
-    assert isinstance(recognizer.read(np.full(shape, 200, np.uint8)), Transcript)
+def test_the_smallest_images_are_read(recognizer, shape, monkeypatch, normalise):
+    monkeypatch.setattr(recognizer, "normalise", normalise)
+    for grey in (np.full(shape, 200, np.uint8), np.indices(shape).sum(axis=0) % 9 * 30):
+        assert isinstance(recognizer.read(grey.astype(np.uint8)), Transcript)
+
+
+def test_lines_lie_on_the_image_where_they_were_read_also_of_a_page_that_was_turned(recognizer):
+    words = "first line\nsecond one\nand a third"
+    level = np.full((400, 600), 235, np.uint8)
+    level[100:230, 120:420] = note(words, height=130)
+    turn = cv2.getRotationMatrix2D((300, 200), -4, 1)
+    image = cv2.warpAffine(level, turn, (600, 400), borderValue=235)
+    page = prepare(image, (160, 256), normalise=True)
+    lines = split_lines(
+        [Character(one, 1.0) for one in words], page.page, size=(400, 600), to_image=page.to_source
+    )
+    for number, line in enumerate(lines):
+        left, top, right, bottom = line.box
+        alone = np.full((400, 600), 235, np.uint8)
+        alone[100:230, 120:420] = note("\n" * number + words.split("\n")[number], height=130)
+        ys, xs = np.nonzero(cv2.warpAffine(alone, turn, (600, 400), borderValue=235) < 128)
+        assert np.abs([left - xs.min(), right - xs.max() - 1]).max() <= 6
+        assert abs((top + bottom) / 2 - (ys.min() + ys.max()) / 2) <= 8
+        assert top <= ys.mean() <= bottom
 
 
 def spoil(folder):
@@ -199,8 +234,8 @@ def test_the_next_two_batches_are_prepared_while_the_model_reads(recognizer, ima
     prepared, seen = [], 0
     prepare, readings = read.prepare, recognizer.readings
 
-    def counted(image, canvas):
-        page = prepare(image, canvas)
+    def counted(image, canvas, **how):
+        page = prepare(image, canvas, **how)
         prepared.append(image)
         return page
 

@@ -43,6 +43,22 @@ def test_one_image_gives_its_text_and_nothing_else(read, recognizer, run_folder,
     assert capsys.readouterr().out == recognizer.read(path).text + "\n"
 
 
+def test_a_model_says_whether_pages_are_normalised_unless_the_words_do(
+    read, make_run, images, capsys, monkeypatch
+):
+    from paragraph_ocr.reading import Recognizer
+
+    path, run = scans(images)[8], make_run("datamodule.normalise=true")
+    recognizer = Recognizer.load(run, device="cpu")
+    assert recognizer.normalise
+    texts = {}
+    for words in ((), ("normalise=true",), ("normalise=false",)):
+        assert read(f"checkpoint={run}", f"image={path}", *words) == 0
+        texts[words] = capsys.readouterr().out
+    own, wanted, unwanted = texts.values()
+    assert own == wanted == recognizer.read(path).text + "\n" != unwanted
+
+
 def test_a_folder_gives_every_image_and_the_files_asked_for(
     read, recognizer, run_folder, images, capsys, tmp_path
 ):

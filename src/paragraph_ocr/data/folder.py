@@ -12,6 +12,7 @@ from pathlib import Path
 from paragraph_ocr.data.archive import check_inside, read_bytes, read_text
 from paragraph_ocr.data.corpus import Progress, digest, is_prepared, store_path, write_store
 from paragraph_ocr.data.layout import Polygon, read_layout
+from paragraph_ocr.data.normalise import NORMALISER_VERSION, normalise_page
 from paragraph_ocr.data.paragraph import SPLITS, Paragraph
 from paragraph_ocr.data.parallel import in_order
 from paragraph_ocr.data.scan import SUFFIXES, cut, fit, read_page, read_scan
@@ -59,6 +60,8 @@ class FolderCorpus:
     height: int
     width: int
     split: str = "auto"
+    normalise: bool = False
+    """Whether pages are made to look like rendered ones; otherwise they are only scaled down."""
 
     def fingerprint(self) -> str:
         """Return what changes with any name, transcription or image file (by size and time)."""
@@ -68,7 +71,15 @@ class FolderCorpus:
             for stat in [(self.folder / entry.image).stat()]
         ]
         canvas = (self.height, self.width)
-        return digest({"folder": _VERSION, "files": files, "canvas": canvas, "split": self.split})
+        identity: dict[str, object] = {
+            "folder": _VERSION,
+            "files": files,
+            "canvas": canvas,
+            "split": self.split,
+        }
+        if self.normalise:
+            identity["normalise"] = NORMALISER_VERSION
+        return digest(identity)
 
     def prepare(self, root: Path, *, num_workers: int, progress: Progress | None = None) -> Path:
         if is_prepared(self, root):
@@ -245,8 +256,14 @@ def _read(corpus: FolderCorpus, page: tuple[Entry, str]) -> PackedParagraph:
     height, width = canvas = (corpus.height, corpus.width)
     path = corpus.folder / entry.image
     if entry.polygon:
-        image = fit(cut(read_scan(path), entry.polygon), height=height, width=width)
+        part = cut(read_scan(path), entry.polygon)
+        if corpus.normalise:
+            image, _ = normalise_page(part, height=height, width=width)
+        else:
+            image = fit(part, height=height, width=width)
     else:
-        image, _ = read_page(path, where=str(path), height=height, width=width)
+        image = read_page(
+            path, where=str(path), height=height, width=width, normalise=corpus.normalise
+        ).ink
     paragraph = Paragraph(image, entry.text, split, source=entry.id, writer=entry.writer)
     return pack(paragraph, canvas=canvas)

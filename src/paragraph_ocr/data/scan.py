@@ -7,11 +7,13 @@ import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from paragraph_ocr.data.normalise import normalise_page
 from paragraph_ocr.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP")
@@ -46,6 +48,17 @@ _BROKEN = (
 """What Pillow's readers raise for damaged files, each its own."""
 
 
+class Page(NamedTuple):
+    """An image as ink that fits a canvas."""
+
+    ink: np.ndarray
+    """uint8 (H, W): 0 is paper, 255 is ink."""
+    size: tuple[int, int]
+    """Height and width of the image, upright, in pixels."""
+    to_image: np.ndarray
+    """Map (2, 3) from (x, y, 1) on the page to the image: corners of pixels, 0 being the upper left edge."""
+
+
 def read_scan(path: Path) -> np.ndarray:
     """Return the image as ink, uint8 (H, W): 0 is paper, 255 is ink.
 
@@ -58,9 +71,14 @@ def read_scan(path: Path) -> np.ndarray:
 
 
 def read_page(
-    file: Path | bytes | Image.Image, *, where: str, height: int, width: int
-) -> tuple[np.ndarray, tuple[int, int]]:
-    """Return the image as ink, scaled down to fit a canvas as by `fit`, and its own height and width.
+    file: Path | bytes | Image.Image,
+    *,
+    where: str,
+    height: int,
+    width: int,
+    normalise: bool = False,
+) -> Page:
+    """Return the image as ink on a canvas: scaled down to fit as by `fit`, or as by `normalise_page`.
 
     A much larger image is scaled down first, a JPEG while it is unpacked: cleaning takes no longer for
     pixels that nobody will see.
@@ -73,7 +91,13 @@ def read_page(
     spare = (size[0] * _SPARE, size[1] * _SPARE)
     if spare[0] < grey.shape[0] and spare[1] < grey.shape[1]:
         grey = _scaled(grey, spare)
-    return _scaled(ink(grey), size), own
+    page, to_grey = (
+        normalise_page(ink(grey), height=height, width=width)
+        if normalise
+        else (_scaled(ink(grey), size), _scaling(size, grey.shape))
+    )
+    to_image = to_grey * (np.array(own) / grey.shape)[::-1, None]
+    return Page(page, own, to_image)
 
 
 def read_grey(file: Path | bytes | Image.Image, *, where: str) -> np.ndarray:
@@ -207,6 +231,11 @@ def _scaled(page: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if page.shape == size:
         return page
     return cv2.resize(page, size[::-1], interpolation=cv2.INTER_AREA)
+
+
+def _scaling(size: tuple[int, ...], other: tuple[int, ...]) -> np.ndarray:
+    """Return the map (2, 3) from (x, y, 1) on a page of a height and width to one of another."""
+    return np.array([[other[1] / size[1], 0, 0], [0, other[0] / size[0], 0]])
 
 
 def cut(page: np.ndarray, polygon: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -30,6 +30,7 @@ class OnnxRecognizer:
 
     Attributes:
         canvas: height and width in pixels that pages are fitted to.
+        normalise: whether pages are made to look like rendered ones first.
         max_length: tokens that a reading may have, start and end included; the graphs have positions
             for no more.
     """
@@ -46,6 +47,7 @@ class OnnxRecognizer:
         self.experiment = experiment
         self.max_length = experiment.datamodule.max_length
         self.canvas = (experiment.datamodule.height, experiment.datamodule.width)
+        self.normalise = experiment.datamodule.normalise
 
     @classmethod
     def load(cls, folder: str | Path, *, num_threads: int = 0) -> "OnnxRecognizer":
@@ -90,7 +92,7 @@ class OnnxRecognizer:
         Raises:
             UserError: one is no image, or too large.
         """
-        pages = [prepare(image, self.canvas) for image in images]
+        pages = [prepare(image, self.canvas, normalise=self.normalise) for image in images]
         return self._read(pages) if pages else []
 
     def _read(self, pages: Sequence[Prepared]) -> list[Transcript]:

@@ -28,14 +28,16 @@ class Prepared:
     source: str
     source_size: tuple[int, int]
     """Height and width of the image, upright."""
+    to_source: np.ndarray
+    """Map (2, 3) from the page to the image, as of `data.scan.Page`."""
 
     @property
     def page(self) -> np.ndarray:
         return self.canvas[: self.size[0], : self.size[1]]
 
 
-def prepare(image: Picture, canvas: tuple[int, int]) -> Prepared:
-    """Return the image cleaned and scaled as by datamodule=folder: ink on paper, upright, whole.
+def prepare(image: Picture, canvas: tuple[int, int], *, normalise: bool = False) -> Prepared:
+    """Return the image as by datamodule=folder: ink on paper, upright, whole, and normalised if wanted.
 
     Raises:
         UserError: it is no image, or too large.
@@ -45,10 +47,13 @@ def prepare(image: Picture, canvas: tuple[int, int]) -> Prepared:
     if isinstance(file, np.ndarray):
         file = _from_array(file)
     height, width = canvas
-    page, own = read_page(file, where=source or "the image", height=height, width=width)
+    page = read_page(
+        file, where=source or "the image", height=height, width=width, normalise=normalise
+    )
+    size = page.ink.shape
     filled = np.zeros(canvas, np.uint8)
-    filled[: page.shape[0], : page.shape[1]] = page
-    return Prepared(filled, page.shape, source, own)
+    filled[: size[0], : size[1]] = page.ink
+    return Prepared(filled, size, source, page.size, page.to_image)
 
 
 def transcribe(
@@ -64,7 +69,7 @@ def transcribe(
         for token, confidence in zip(tokens, confidences, strict=True)
         if token >= len(SPECIAL_TOKENS)
     )
-    lines = split_lines(characters, page.page, size=page.source_size)
+    lines = split_lines(characters, page.page, size=page.source_size, to_image=page.to_source)
     return Transcript(page.source, page.source_size, characters, log_probability, lines)
 
 

@@ -44,6 +44,7 @@ class Recognizer:
 
     Attributes:
         canvas: height and width in pixels that pages are fitted to.
+        normalise: whether pages are made to look like rendered ones first.
         max_length: tokens that a reading may have, start and end included.
         precision: what is computed in: bfloat16 on a GPU that has it, else float32.
     """
@@ -62,6 +63,7 @@ class Recognizer:
         self.decoding: Greedy | Beam = build_decoding(experiment)
         self.max_length = experiment.datamodule.max_length
         self.canvas = (experiment.datamodule.height, experiment.datamodule.width)
+        self.normalise = experiment.datamodule.normalise
         on_gpu = self.device.type == "cuda"
         half = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         self.precision = torch.bfloat16 if half else torch.float32
@@ -105,12 +107,12 @@ class Recognizer:
     def page(self, image: Picture) -> tuple[UInt8[Tensor, "1 H W"], tuple[int, int]]:
         """Return the image as the model sees it, and the height and width that it covers.
 
-        Cleaned and scaled as by datamodule=folder: ink on paper, upright, whole, on the canvas.
+        As by datamodule=folder: ink on paper, upright, whole, on the canvas.
 
         Raises:
             UserError: it is no image, or too large.
         """
-        page = prepare(image, self.canvas)
+        page = prepare(image, self.canvas, normalise=self.normalise)
         return torch.from_numpy(page.canvas)[None], page.size
 
     def read(self, image: Picture) -> Transcript:
@@ -127,7 +129,9 @@ class Recognizer:
         Raises:
             UserError: one is no image, or too large.
         """
-        return self._read([prepare(image, self.canvas) for image in images])
+        return self._read(
+            [prepare(image, self.canvas, normalise=self.normalise) for image in images]
+        )
 
     def read_all(
         self, images: Iterable[Picture], *, batch_size: int = BATCH_SIZE
@@ -164,14 +168,14 @@ class Recognizer:
         """Return the readings of pages that are on their canvas already, as in a `Batch`."""
         covered = [pages.shape[2:]] * len(pages) if sizes is None else sizes.tolist()
         prepared = [
-            Prepared(page[0].cpu().numpy(), (height, width), "", (height, width))
+            Prepared(page[0].cpu().numpy(), (height, width), "", (height, width), np.eye(2, 3))
             for page, (height, width) in zip(pages, covered, strict=True)
         ]
         return self._transcripts(self.readings(pages, sizes), prepared)
 
     def _page_or_refusal(self, image: Picture) -> Prepared | Refusal:
         try:
-            return prepare(image, self.canvas)
+            return prepare(image, self.canvas, normalise=self.normalise)
         except UserError as error:
             return Refusal(str(image) if isinstance(image, str | Path) else "", str(error))
 

@@ -75,13 +75,18 @@ def mean_confidence(characters: Sequence[Character]) -> float:
 
 
 def split_lines(
-    characters: Sequence[Character], page: np.ndarray, *, size: tuple[int, int]
+    characters: Sequence[Character],
+    page: np.ndarray,
+    *,
+    size: tuple[int, int],
+    to_image: np.ndarray,
 ) -> tuple[Line, ...]:
     """Return the lines of a text, each with the part of the image where it most likely stands.
 
     Args:
         page: ink, uint8 (H, W), that the text was read from.
-        size: height and width of the image, of which the page is a smaller copy.
+        size: height and width of the image.
+        to_image: map (2, 3) from (x, y, 1) on the page to the image.
     """
     if not characters:
         return ()
@@ -91,19 +96,20 @@ def split_lines(
             parts.append([])
         else:
             parts[-1].append(character)
-    down, across = size[0] / page.shape[0], size[1] / page.shape[1]
     return tuple(
-        Line(
-            tuple(part),
-            (
-                math.floor(left * across),
-                math.floor(top * down),
-                min(size[1], math.ceil(right * across)),
-                min(size[0], math.ceil(bottom * down)),
-            ),
-        )
-        for part, (left, top, right, bottom) in zip(parts, bands(page, len(parts)), strict=True)
+        Line(tuple(part), _on_image(box, to_image, size))
+        for part, box in zip(parts, bands(page, len(parts)), strict=True)
     )
+
+
+def _on_image(box: Box, to_image: np.ndarray, size: tuple[int, int]) -> Box:
+    """Return the upright box on the image, within it, around one on the page."""
+    left, top, right, bottom = box
+    corners = np.array([(x, y, 1) for x in (left, right) for y in (top, bottom)]) @ to_image.T
+    most = np.array(size[::-1])
+    first = np.clip(np.floor(corners.min(axis=0)), 0, most - 1).astype(int)
+    last = np.clip(np.ceil(corners.max(axis=0)), first + 1, most).astype(int)
+    return (*first.tolist(), *last.tolist())
 
 
 _INK = 64  # grey level from which a pixel counts as ink
