@@ -1,9 +1,10 @@
 """Try a model in the browser: give it an image, see the text and where it looked, correct it.
 
+    python scripts/app.py
     python scripts/app.py checkpoint=outputs/runs/<run>
 
-The page is on this machine's own address and loads nothing from elsewhere. Corrections become a folder that
-datamodule=folder trains on.
+Without checkpoint= it is the released model. The page is on this machine's own address and loads nothing from
+elsewhere. Corrections become a folder that datamodule=folder trains on.
 """
 
 import sys
@@ -12,11 +13,14 @@ from pathlib import Path
 
 from paragraph_ocr import arguments
 from paragraph_ocr.errors import UserError
+from paragraph_ocr.reading.checkpoint import DEFAULT
 
 
 @dataclass(frozen=True)
 class Options:
-    checkpoint: str = field(metadata={"help": "run folder, MLflow run id, or released model"})
+    checkpoint: str = field(
+        default=DEFAULT, metadata={"help": "run folder, MLflow run id, or released model"}
+    )
     port: int = field(default=7860, metadata={"help": "on 127.0.0.1; 0 takes a free one"})
     corrections: Path = field(
         default=Path("outputs/corrections"), metadata={"help": "folder of corrected images"}

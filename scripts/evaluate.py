@@ -1,11 +1,12 @@
 """Evaluate a trained model on a split of any data: a report in HTML, its figures as JSON, a run in MLflow.
 
+    python scripts/evaluate.py datamodule=folder datamodule.root=letters datamodule.split=test
     python scripts/evaluate.py checkpoint=outputs/runs/<run>
     python scripts/evaluate.py checkpoint=outputs/runs/<run> datamodule=folder datamodule.root=pages split=val
     python scripts/evaluate.py checkpoint=outputs/runs/<run> against=outputs/runs/<another>
 
-Without datamodule= it is the run's own data. The overrides datamodule, decoding, tracking, seed and
-outputs are those of train.py; the options are
+Without checkpoint= the released model is judged, without datamodule= on the model's own data. The overrides
+datamodule, decoding, tracking, seed and outputs are those of train.py; the options are
 """
 
 import sys

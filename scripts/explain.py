@@ -1,5 +1,6 @@
 """Show what a model does while it reads an image: attention, residual stream, circuits, positions.
 
+    python scripts/explain.py image=note.jpg    # the released model
     python scripts/explain.py checkpoint=outputs/runs/<run> image=note.jpg
     python scripts/explain.py model=tiny image=note.jpg    # a model that nobody has trained
 
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from paragraph_ocr import arguments, console
 from paragraph_ocr.errors import UserError
+from paragraph_ocr.reading.checkpoint import DEFAULT, find_checkpoint
 
 if TYPE_CHECKING:
     from paragraph_ocr.reading import Recognizer
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 class Options:
     image: str = field(metadata={"help": "file, or a glob, of which the first is taken"})
     checkpoint: str | None = field(
-        default=None, metadata={"help": "run folder, MLflow run id, or released model"}
+        default=None,
+        metadata={"help": f"run folder, MLflow run id, or released model; null: {DEFAULT}"},
     )
     model: str | None = field(
         default=None, metadata={"help": "instead: a choice of model= to show untrained"}
@@ -40,21 +43,21 @@ class Options:
 
 def explain(options: Options) -> None:
     """Write the pictures and the page."""
-    if (options.checkpoint is None) == (options.model is None):
+    if options.checkpoint is not None and options.model is not None:
         raise UserError(
-            "checkpoint has no value. Pass checkpoint=outputs/runs/<run>, or model=tiny for an "
-            "untrained model; not both."
+            f"checkpoint={options.checkpoint} and model={options.model}, which is untrained, exclude each "
+            "other. Pass one of them."
         )
     image = first_image(options.image)
     text = true_text(options.text, image)
     # torch takes seconds to import: not before the arguments are known to be good
     from paragraph_ocr.reading import Recognizer
-    from paragraph_ocr.reading.checkpoint import find_checkpoint
     from paragraph_ocr.reading.explain_page import explain_image, write_explanation
 
     if options.model is None:
-        recognizer = Recognizer.load(str(options.checkpoint), device="cpu")
-        name = find_checkpoint(str(options.checkpoint)).config.parent.name
+        checkpoint = find_checkpoint(options.checkpoint or DEFAULT)
+        recognizer = Recognizer.load(checkpoint.weights, device="cpu")
+        name = checkpoint.config.parent.name
     else:
         recognizer, name = untrained(options.model), f"model={options.model}, untrained"
     told = explain_image(recognizer, image, text=text)

@@ -1,10 +1,11 @@
 """Read images with a trained model.
 
+    python scripts/read.py image=note.jpg
+    python scripts/read.py image=scans write=txt,page into=readings
     python scripts/read.py checkpoint=outputs/runs/<run> image=note.jpg
-    python scripts/read.py checkpoint=outputs/runs/<run> image=scans write=txt,page into=readings
 
-Text goes to the screen; `write` makes a file of each image too. Exit status: 0 all images were read, 2 some
-could not be (a line each), or a mistake.
+Without checkpoint= the released model reads. Text goes to the screen; `write` makes a file of each image too.
+Exit status: 0 all images were read, 2 some could not be (a line each), or a mistake.
 """
 
 import glob
@@ -18,12 +19,15 @@ from typing import Literal
 
 from paragraph_ocr import arguments, console
 from paragraph_ocr.errors import UserError
+from paragraph_ocr.reading.checkpoint import DEFAULT
 
 
 @dataclass(frozen=True)
 class Options:
-    checkpoint: str = field(metadata={"help": "run folder, MLflow run id, or released model"})
     image: str = field(metadata={"help": "file, folder or glob"})
+    checkpoint: str = field(
+        default=DEFAULT, metadata={"help": "run folder, MLflow run id, or released model"}
+    )
     write: tuple[Literal["txt", "json", "page", "alto"], ...] = field(
         default=(), metadata={"help": "txt, json, page, alto: one or several, with commas"}
     )

@@ -15,7 +15,7 @@ from paragraph_ocr import build, console
 from paragraph_ocr.config import Experiment, GeneratedData
 from paragraph_ocr.data.store import Store
 from paragraph_ocr.errors import UserError
-from paragraph_ocr.reading.checkpoint import Checkpoint, find_checkpoint
+from paragraph_ocr.reading.checkpoint import DEFAULT, Checkpoint, find_checkpoint
 from paragraph_ocr.reading.evaluation import RESAMPLES, Comparison, Evaluation, Read, compare
 from paragraph_ocr.reading.read import Recognizer
 from paragraph_ocr.reading.report import Side, report
@@ -33,7 +33,9 @@ _READINGS = 500  # at most, in the table that MLflow compares
 
 @dataclass(frozen=True)
 class Options:
-    checkpoint: str = field(metadata={"help": "run folder, MLflow run id, or released model"})
+    checkpoint: str = field(
+        default=DEFAULT, metadata={"help": "run folder, MLflow run id, or released model"}
+    )
     split: Literal["train", "val", "test"] = field(
         default="test", metadata={"help": "train, val or test"}
     )

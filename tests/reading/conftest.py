@@ -62,6 +62,26 @@ def recognizer(run_folder):
     return Recognizer.load(run_folder, device="cpu")
 
 
+@pytest.fixture
+def no_release(tmp_path, monkeypatch):
+    """Put the place of released models, and the working directory, where there are none; return the place."""
+    from paragraph_ocr.reading import checkpoint
+
+    monkeypatch.setattr(checkpoint, "RELEASED", tmp_path / "repository" / "models")
+    monkeypatch.chdir(tmp_path)
+    return checkpoint.RELEASED
+
+
+@pytest.fixture
+def released(no_release, recognizer):
+    """Put a small model where the released one is looked for; return it as it reads."""
+    from paragraph_ocr.reading import Recognizer
+    from paragraph_ocr.reading.release import release
+
+    release(recognizer, no_release / "paragraphs", metrics={"test/cer": 0.25})
+    return Recognizer.load(no_release / "paragraphs", device="cpu")
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """Return a folder of 12 images of several sizes and kinds, with .txt files beside them."""

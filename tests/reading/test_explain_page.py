@@ -82,14 +82,15 @@ def test_a_model_that_nobody_trained_is_explained_without_a_text(type_in, tmp_pa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "checkpoint has no value. Pass checkpoint="),
-        (["model=tiny", "checkpoint=x"], "checkpoint has no value"),
+        ([], "the released model, is not here"),
+        (["model=tiny", "checkpoint=x"], "exclude each other"),
         (["model=tinny"], "tiny"),
         (["model=line_cnn"], "model=line_cnn has no attention to explain"),
         (["model=tiny", "text=nowhere.txt"], "text=nowhere.txt cannot be read"),
         (["checkpoint=nowhere"], "checkpoint=nowhere"),
     ],
 )
+@pytest.mark.usefixtures("no_release")
 def test_a_mistake_is_one_line(type_in, capsys, tmp_path, words, said):
     assert type_in(f"image={LINE_READER / 'page.png'}", *words) == 2
     told = capsys.readouterr().err.strip()

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from paragraph_ocr.data.scan import MAX_PIXELS
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.reading import Recognizer, Refusal, Transcript, read
-from paragraph_ocr.reading.checkpoint import find_checkpoint
+from paragraph_ocr.reading.checkpoint import DEFAULT, find_checkpoint
 from paragraph_ocr.reading.page import prepare
 from paragraph_ocr.reading.transcript import Character, bands, split_lines
 
@@ -305,6 +306,17 @@ def test_a_pattern_means_the_newest_run_that_it_matches(run_folder, tmp_path):
         find_checkpoint(f"{tmp_path}/no*")
 
 
+def test_a_released_model_is_found_from_anywhere_but_one_in_the_working_directory_goes_first(
+    released, no_release, tmp_path
+):
+    for named in ("paragraphs", DEFAULT):
+        assert find_checkpoint(named).config.parent == no_release / "paragraphs"
+    with pytest.raises(UserError, match="Pass checkpoint=paragraphs"):
+        find_checkpoint("models/paragraph")
+    shutil.copytree(no_release, tmp_path / "models")
+    assert find_checkpoint(DEFAULT).config.resolve().is_relative_to(tmp_path / "models")
+
+
 def test_a_run_without_its_first_weights_can_be_read(make_run, images):
     import yaml
 
@@ -338,8 +350,8 @@ def test_every_kind_of_model_and_decoding_reads(make_run, images, overrides):
         assert len(together.text) <= recognizer.max_length
 
 
-def test_what_is_no_checkpoint_is_refused_with_what_to_type(run_folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("no_release")
+def test_what_is_no_checkpoint_is_refused_with_what_to_type(run_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "config_only").mkdir()
     (tmp_path / "config_only" / "config.yaml").write_bytes(
@@ -353,6 +365,7 @@ def test_what_is_no_checkpoint_is_refused_with_what_to_type(run_folder, tmp_path
     save_file({"a": torch.zeros(1)}, tmp_path / "other" / "best.safetensors")
     cases = {
         "nowhere": "none so far.*Pass checkpoint=outputs/runs",
+        DEFAULT: "not here. Train one with python train.py experiment=ten_minutes",
         "empty": "holds no config.yaml",
         "config_only": "holds no best.safetensors",
         "damaged": "damaged or belongs to another model",

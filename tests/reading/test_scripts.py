@@ -110,7 +110,8 @@ def test_no_transcription_is_written_over(read, run_folder, images):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["image=x.png"], "checkpoint has no value"),
+        (["checkpoint=RUN"], "image has no value"),
+        (["image=IMAGE"], "experiment=ten_minutes"),
         (["image=x.png", "checkpoint=nowhere"], "image=x.png does not exist"),
         (["checkpoint=RUN", "image=empty"], "holds no"),
         (["checkpoint=RUN", "image=IMAGE", "write=pdf"], "not one of txt, json, page, alto"),
@@ -119,6 +120,7 @@ def test_no_transcription_is_written_over(read, run_folder, images):
         (["checkpoint=RUN", "imge=IMAGE"], "nearest: image"),
     ],
 )
+@pytest.mark.usefixtures("no_release")
 def test_mistakes_in_reading_are_one_line(read, run_folder, images, capsys, tmp_path, words, said):
     (tmp_path / "empty").mkdir()
     places = {"RUN": str(run_folder), "IMAGE": str(scans(images)[0])}
@@ -141,7 +143,7 @@ def test_an_evaluation_shows_its_rates(evaluate, run_folder, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["split=test"], "checkpoint has no value"),
+        (["split=test"], "experiment=ten_minutes"),
         (["checkpoint=x", "splt=test"], "nearest: split"),
         (["checkpoint=x", "optimizer.lr=1"], "is no option here"),
         (["checkpoint=x", "split=tset"], "Pass split=test"),
@@ -149,11 +151,44 @@ def test_an_evaluation_shows_its_rates(evaluate, run_folder, capsys, tmp_path):
         (["x"], "not of the form key=value"),
     ],
 )
+@pytest.mark.usefixtures("no_release")
 def test_mistakes_in_evaluating_are_one_line(evaluate, capsys, words, said):
     assert evaluate(words) == 2
     refused = capsys.readouterr().err
     assert said in refused
     assert refused.count("\n") == 1
+
+
+def test_without_a_checkpoint_the_released_model_reads(read, released, images, capsys):
+    path = scans(images)[0]
+    assert read(f"image={path}") == 0
+    assert capsys.readouterr().out == released.read(path).text + "\n"
+
+
+def test_the_released_model_is_evaluated_on_other_data_than_its_own(
+    evaluate, released, images, capsys, tmp_path
+):
+    words = ["datamodule=folder", f"datamodule.root={images}", "datamodule.split=test"]
+    assert evaluate([*words, "limit=3", f"outputs={tmp_path / 'outputs'}", "device=cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "3 paragraphs" in shown and "logged to MLflow" in shown
+    into = tmp_path / "outputs" / "evaluations" / "paragraphs" / "folder_test"
+    tree = json.loads((into / "evaluation.json").read_text())
+    assert [one["reading"] for one in tree["readings"]] == [
+        released.read(path).text for path in scans(images)[:3]
+    ]
+    assert evaluate(["tracking=off"]) == 2  # on its own data, whose place a release does not tell
+    assert "Pass datamodule.root=" in capsys.readouterr().err
+
+
+def test_the_released_model_is_the_pages_and_is_explained(released, images, monkeypatch, tmp_path):
+    seen = []
+    app, explain = script("app"), script("explain")
+    monkeypatch.setattr("paragraph_ocr.web.app.serve", lambda page, port: seen.append(port))
+    app.app(app.Options(port=0))
+    assert seen == [0]
+    explain.explain(explain.Options(image=str(scans(images)[0]), folder=tmp_path / "explained"))
+    assert "How paragraphs reads" in (tmp_path / "explained" / "explain.html").read_text()
 
 
 def test_both_explain_themselves(evaluate, read, capsys):

@@ -11,6 +11,9 @@ from paragraph_ocr.stored import CONFIG
 RELEASED = Path(__file__).resolve().parents[3] / "models"
 """Folder of the repository in which each released model has a folder of its name."""
 
+DEFAULT = "models/paragraphs"
+"""What reads where no checkpoint is named; below the working directory, or else below the repository."""
+
 BEST = "best.safetensors"
 
 
@@ -28,7 +31,7 @@ def find_checkpoint(path: str | Path, *, outputs: Path = Path("outputs")) -> Che
     Args:
         path: a folder that holds config.yaml and best.safetensors; another weights file in such a
             folder; a pattern, of which the newest such folder is meant; the id of an MLflow run; or
-            the name of a released model.
+            the name of a released model, with models/ before it or not.
         outputs: where MLflow's database is looked for, unless MLFLOW_TRACKING_URI says it.
 
     Raises:
@@ -50,10 +53,16 @@ def find_checkpoint(path: str | Path, *, outputs: Path = Path("outputs")) -> Che
         folder = folder_of_run(named, outputs=outputs)
         return _checked(folder, folder / BEST)
     released = sorted(folder.name for folder in RELEASED.glob("*") if folder.is_dir())
-    if named in released:
-        return _checked(RELEASED / named, RELEASED / named / BEST)
+    name = named.removeprefix("models/")
+    if name in released:
+        return _checked(RELEASED / name, RELEASED / name / BEST)
+    if named == DEFAULT:
+        raise UserError(
+            f"checkpoint={DEFAULT}, the released model, is not here. Train one with python train.py "
+            "experiment=ten_minutes, and pass checkpoint=outputs/runs/<run>."
+        )
     listed = ", ".join(released) or "none so far"
-    close = nearest(named, released, count=1)
+    close = nearest(name, released, count=1)
     wanted = close[0] if close else "outputs/runs/<run>"
     raise UserError(
         f"checkpoint={named} is no run folder, no MLflow run id and no released model ({listed}). "
