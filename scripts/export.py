@@ -100,7 +100,9 @@ def to_release(options: Options) -> None:
 
     recognizer = Recognizer.load(options.checkpoint, device="cpu", outputs=options.outputs)
     run = find_checkpoint(options.checkpoint, outputs=options.outputs).config.parent
-    release(recognizer, options.folder, metrics=read_story(run).get("metrics", {}))
+    story = read_story(run)
+    name = story.get("name") or ""
+    release(recognizer, options.folder, metrics=story.get("metrics", {}), run=name)
     for file in sorted(options.folder.iterdir()):
         console.say(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)")
     console.say(f"See what rounding costs: python scripts/evaluate.py checkpoint={options.folder}")

@@ -55,6 +55,12 @@ FAMILIES = (
 )  # fmt: skip
 """Of Fontsource: faces with a lower case of their own, as people write or once wrote."""
 
+BROWN = (
+    "The Brown corpus, by W. N. Francis and H. Kucera (1964, revised 1979), distributed with the "
+    "permission of the copyright holder, redistribution permitted.\n"
+)
+"""What the corpus says of itself."""
+
 TOGETHER = 8  # packages that npm is asked for in one command
 
 
@@ -141,6 +147,7 @@ def fetch_texts(options: TextOptions) -> None:
         for document in documents:
             text = untagged(document.data.decode("utf-8"))
             (folder / f"{document.name.name}.txt").write_text(text, encoding="utf-8")
+    (folder / "LICENSE").write_text(BROWN, encoding="utf-8")
     console.say(f"{folder}: {len(documents)} documents.")
     console.say(f"Use them with: python train.py datamodule.texts={folder}")
 

@@ -294,7 +294,7 @@ class _Job:
         if tracked and experiment.tracking.log_model and self.keep.best_path.exists():
             _log_model(experiment, tracked.run_id, folder=self.folder)
         if experiment.release and self.keep.best_path.exists() and trainer.is_global_zero:
-            _release(self.folder, metrics)
+            _release(self.folder, metrics, run=self.name)
         return metrics, fit_seconds
 
     @contextmanager
@@ -469,14 +469,14 @@ def _log_model(experiment: Experiment, run_id: str | None, *, folder: Path) -> N
     console.say(f"serve it   {serve_command(logged, uri)}")
 
 
-def _release(folder: Path, metrics: Mapping[str, float]) -> None:
+def _release(folder: Path, metrics: Mapping[str, float], *, run: str) -> None:
     """Leave what is passed on in the run's folder, and say how it is read with."""
     # what reads is not needed to train
     from paragraph_ocr.reading import Recognizer
     from paragraph_ocr.reading.release import release
 
     target = folder / RELEASE
-    release(Recognizer.load(folder, device="cpu"), target, metrics=metrics)
+    release(Recognizer.load(folder, device="cpu"), target, metrics=metrics, run=run)
     console.say(f"read with it   python scripts/read.py checkpoint={target} image=<scan>")
 
 

@@ -1,7 +1,9 @@
 """scripts/read.py and scripts/evaluate.py as they are typed."""
 
+import copy
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -200,6 +202,55 @@ def test_both_explain_themselves(evaluate, read, capsys):
     )
 
 
+def test_a_card_names_texts_faces_licences_stages_and_time(recognizer, tmp_path):
+    from paragraph_ocr.config import CurriculumConfig, StageConfig
+    from paragraph_ocr.data.fonts import find_faces
+    from paragraph_ocr.reading.card import model_card
+    from paragraph_ocr.validation import compose, validate
+
+    fonts, texts = tmp_path / "fonts", tmp_path / "texts"
+    fonts.mkdir()
+    texts.mkdir()
+    (texts / "LICENSE").write_text("Letters of a friend, with her leave.\nMore.")
+    for face, licence in zip(
+        find_faces(None)[:3], ("SIL Open Font License", "Apache License", ""), strict=True
+    ):
+        (fonts / face.name).write_bytes(face.read_bytes())
+        if licence:
+            (fonts / face.name).with_suffix(".LICENSE").write_text(f"Under the {licence}, Version")
+    names = [path.stem for path in find_faces(fonts)]
+    recognizer = copy.copy(recognizer)
+    recognizer.experiment = experiment = copy.deepcopy(recognizer.experiment)
+    experiment.datamodule = replace(
+        validate(compose(["datamodule=synthetic_notes"])).datamodule,
+        fonts=str(fonts),
+        texts=str(texts),
+        held_out=names[:1],
+    )
+    lines = replace(experiment.datamodule, height=96, texts=None)
+    stages = [StageConfig({"lines": 1.0}, 32, 0.8, None), StageConfig({"pages": 1.0}, 8)]
+    experiment.curriculum = CurriculumConfig(corpora={"lines": lines}, stages=stages)
+    card = model_card(
+        recognizer,
+        run=f"experiment=ten_minutes,outputs={tmp_path}",
+        metrics={"minutes": 8.04, "test/cer": 0.0625},
+        num_bytes=1,
+    )
+    for said in (
+        "`texts`: Letters of a friend, with her leave.", "Shakespeare's plays", "3 faces",
+        f"SIL OFL 1.1: {names[0]}", f"Apache 2.0: {names[1]}", f"as their packages say: {names[2]}",
+        f"see new hands: {names[0]}.", "`python train.py experiment=ten_minutes`, seed 0, 8.0 minutes",
+        "| lines | 96x448 | 32 | loss below 0.8 |", "| pages | 160x448 | 8 | the end |",
+        "| test/cer | 0.0625 |",
+    ):  # fmt: skip
+        assert said in card
+    assert str(tmp_path) not in card
+    (fonts / find_faces(fonts)[0].name).unlink()
+    experiment.datamodule.fonts = str(tmp_path / "nowhere")
+    card = model_card(recognizer, run="", metrics={}, num_bytes=1)
+    assert "`nowhere`, which was not there" in card
+
+
 def test_a_release_is_small_reads_alike_and_names_no_place(
     run_folder, recognizer, images, tmp_path, capsys
 ):
@@ -218,7 +269,7 @@ def test_a_release_is_small_reads_alike_and_names_no_place(
     assert str(tmp_path) not in (folder / "config.yaml").read_text()
     assert stored.model == recognizer.experiment.model
     card = (folder / "README.md").read_text()
-    assert "# notes" in card and "int8" in card and str(tmp_path) not in card
+    assert "int8" in card and "with their transcriptions" in card and str(tmp_path) not in card
     released = Recognizer.load(folder, device="cpu")
     for name, tensor in released.model.state_dict().items():
         other = recognizer.model.state_dict()[name].float()
