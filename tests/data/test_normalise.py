@@ -76,6 +76,16 @@ def test_a_pitch_is_the_distance_of_baselines():
         assert slope_deg(page) == pytest.approx(0, abs=0.2)
 
 
+def test_nine_of_ten_rendered_pages_keep_their_scale(notes):
+    page = {"height": 576, "width": 640, "min_lines": 3, "max_lines": 12}
+    length = {"min_characters": 60, "mean_characters": 350, "max_characters": 680}
+    make = replace(notes, **page, **length).maker()  # synthetic_paragraphs
+    pages = [make(np.random.default_rng(index), "train").image for index in range(80)]
+    pitches = np.array([pitch_px(page, slope=slope_deg(page)) for page in pages])
+    low, high = PITCHES_PX
+    assert 0.82 <= ((low <= pitches) & (pitches <= high)).mean() <= 0.97
+
+
 @pytest.mark.parametrize("lines", [2, 5, 12])
 def test_small_and_large_writing_comes_to_the_pitch_of_rendered_pages(rendered, lines):
     low, high = PITCHES_PX
