@@ -6,6 +6,7 @@ import yaml
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.stored import CONFIG, read_config, write_config
 from paragraph_ocr.validation import CONF, compose, validate
+from small_curriculum import INSTALLED
 
 DATA = sorted(path.stem for path in (CONF / "datamodule").glob("*.yaml"))
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
@@ -36,8 +37,9 @@ def test_every_model_comes_back_as_it_was_written(choice, tmp_path):
 
 @pytest.mark.parametrize("name", DATA)
 def test_every_data_module_comes_back_as_it_was_written(name, tmp_path):
+    needed = [f"datamodule.root={tmp_path}"] if needs_root(name) else []
     written = experiment(
-        f"datamodule={name}", *([f"datamodule.root={tmp_path}"] if needs_root(name) else [])
+        f"datamodule={name}", *needed, *(INSTALLED if name == "synthetic_letters" else [])
     )
     write_config(written, tmp_path)
     read = read_config(tmp_path / CONFIG)
