@@ -98,6 +98,10 @@ class RenderedData(GeneratedData):
     random_share: float = MISSING
     jitter: float = 0.0
     pressure: float = 0.0
+    joined: float = 0.0
+    word_slant_deg: float = 0.0
+    crossed_out: float = 0.0
+    baseline_wave: float = 0.0
 
 
 @dataclass
