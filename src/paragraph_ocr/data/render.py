@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 import cv2
@@ -100,8 +100,8 @@ class Line(NamedTuple):
     """int (n, 4): left, top, right, bottom of each letter's ink."""
     reaches: np.ndarray
     """The same, with the strokes that leave the letter or cross out the word it begins."""
-    counts: np.ndarray
-    """bool (n,): the letter is part of the transcription."""
+    struck: list[int]
+    """Places of the letters that are not part of the transcription."""
     curves: list[np.ndarray]
     """Each "points xy"; no ink of theirs is out of reach."""
 
@@ -286,7 +286,7 @@ def _set_line(
         struck: words to be crossed out, by the places of the words that are written after them.
         extra: draws all that is not letters and their places.
     """
-    words, counts = _written(words, struck)
+    words, mistakes = _written(words, struck)
     size_px = hand.size_px
     shifts = generator.normal(0, 0.025 * size_px, size=len(words))
     gaps = hand.space_px * generator.uniform(0.8, 1.3, size=len(words))
@@ -320,23 +320,28 @@ def _set_line(
     if hand.baseline_wave:
         baselines += hand.baseline_wave * size_px * _wave(pens / size_px, extra)
     moved = np.stack([pens, np.rint(baselines)] * 2, axis=1).astype(int)
-    line = Line(inks, boxes + moved, boxes + moved, np.repeat(counts, lengths), [])
+    boxes = boxes + moved
+    line = Line(inks, boxes, boxes, [], [])
+    if hand.pairs_joined or mistakes:
+        line = line._replace(reaches=boxes.copy())
     if hand.pairs_joined:
         _join(line, "".join(words), lengths, ends + moved[:, None, :2], hand, extra)
-    if struck:
-        _strike_out(line, lengths, baselines, hand, extra)
+    for word in mistakes:
+        first = sum(lengths[:word])
+        _strike_out(line, range(first, first + lengths[word]), float(baselines[first]), hand, extra)
     return line
 
 
 def _written(
     words: Sequence[str], struck: Mapping[int, str]
-) -> tuple[Sequence[str], Sequence[bool]]:
-    """Return all that is written on a line, and which of its words count."""
+) -> tuple[Sequence[str], Sequence[int]]:
+    """Return all words that are written on a line, and the places of those that are crossed out."""
     if not struck:
-        return words, [True] * len(words)
+        return words, ()
     groups = [[struck[i], word] if i in struck else [word] for i, word in enumerate(words)]
-    counts = [last for group in groups for last in [False, True][-len(group) :]]
-    return [*chain.from_iterable(groups)], counts
+    return [*chain.from_iterable(groups)], [
+        place + before for before, place in enumerate(sorted(struck))
+    ]
 
 
 def _wave(places: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -368,27 +373,21 @@ def _join(
 
 
 def _strike_out(
-    line: Line,
-    lengths: np.ndarray,
-    baselines: np.ndarray,
-    hand: Hand,
-    generator: np.random.Generator,
+    line: Line, word: range, baseline: float, hand: Hand, generator: np.random.Generator
 ) -> None:
-    """Add strokes through the words that do not count."""
-    for first, length in zip(np.cumsum(lengths) - lengths, lengths, strict=True):
-        if line.counts[first]:
-            continue
-        boxes = line.boxes[first : first + length]
-        curves = strokes.strikes(
-            float(boxes[:, 0].min()),
-            float(boxes[:, 2].max()),
-            float(baselines[first]),
-            x_height_px=hand.measures.x_height * hand.size_px,
-            generator=generator,
-        )
-        line.curves.extend(curves)
-        for curve in curves:
-            line.reach_to(np.array([first]), strokes.reach(curve[None], pen_px=hand.pen_px))
+    """Add strokes through the letters of a word, which then are not part of the transcription."""
+    boxes = line.boxes[word.start : word.stop]
+    curves = strokes.strikes(
+        float(boxes[:, 0].min()),
+        float(boxes[:, 2].max()),
+        baseline,
+        x_height_px=hand.measures.x_height * hand.size_px,
+        generator=generator,
+    )
+    line.struck.extend(word)
+    line.curves.extend(curves)
+    for curve in curves:
+        line.reach_to(np.array([word.start]), strokes.reach(curve[None], pen_px=hand.pen_px))
 
 
 def _varied(
@@ -450,26 +449,31 @@ def _lay(
     """
     baselines = np.cumsum(pitch_px * generator.uniform(0.93, 1.07, size=len(lines)))
     offsets = np.rint(np.stack([lefts + slant * baselines, baselines] * 2, axis=1)).astype(int)
-    reaches = [line.reaches + offset for line, offset in zip(lines, offsets, strict=True)]
-    bounds = np.array([(*reach[:, :2].min(axis=0), *reach[:, 2:].max(axis=0)) for reach in reaches])
+    placed = [line.reaches + offset for line, offset in zip(lines, offsets, strict=True)]
+    bounds = np.array([(*boxes[:, :2].min(axis=0), *boxes[:, 2:].max(axis=0)) for boxes in placed])
     origin = np.tile(bounds[:, :2].min(axis=0), 2)
     bounds -= origin
-    offsets -= origin
+    letters = np.concatenate(placed) - origin
     sheet = np.zeros((bounds[:, 3].max(), bounds[:, 2].max()), np.uint8)
-    curves = [
-        curve + offset
-        for line, offset in zip(lines, offsets[:, :2], strict=True)
-        for curve in line.curves
-    ]
-    if curves:
+    boxes = letters
+    if any(line.curves for line in lines):
+        offsets -= origin
+        moved = [*zip(lines, offsets, strict=True)]
+        boxes = np.concatenate([line.boxes + offset for line, offset in moved])
+        curves = [curve + offset[:2] for line, offset in moved for curve in line.curves]
         strokes.draw(sheet, curves, pen_px=hand.pen_px)
-    for line, offset in zip(lines, offsets, strict=True):
-        places = (line.boxes + offset).tolist()
-        for ink, (left, top, right, bottom) in zip(line.inks, places, strict=True):
-            part = sheet[top:bottom, left:right]
-            cv2.max(part, ink, part)  # into the sheet; half of what np.maximum takes
-    counts = np.concatenate([line.counts for line in lines])
-    letters = (np.concatenate(reaches) - origin)[counts]
+    inks = chain.from_iterable(line.inks for line in lines)
+    for ink, (left, top, right, bottom) in zip(inks, boxes.tolist(), strict=True):
+        part = sheet[top:bottom, left:right]
+        cv2.max(part, ink, part)  # into the sheet; half of what np.maximum takes
+    if any(line.struck for line in lines):
+        firsts = accumulate((len(line.inks) for line in lines), initial=0)
+        struck = [
+            first + place
+            for line, first in zip(lines, firsts, strict=False)
+            for place in line.struck
+        ]
+        letters = np.delete(letters, struck, axis=0)
     return sheet, bounds, letters
 
 
