@@ -18,10 +18,13 @@ _ENTERS_WITHIN, _LEAVES_WITHIN, _LEAVES_HIGH_WITHIN = (0.2, 0.7), (-0.1, 0.4), (
 """Heights above the baseline, in heights of x, between which a letter's ends are looked for."""
 
 _LEAVING_HIGH = "bforvw"
-"""Letters whose last stroke ends high: from its foot, an r would turn into an n."""
+"""Letters whose last stroke ends high: from its foot, an r would turn into an n, an o into an a."""
 
 _NEAR_EM = 0.05
 """What is as near as this to the utmost ink counts as utmost."""
+
+_TAIL_EM = 0.025
+"""A foot that is farther to the right by this is a tail of the face's own, and the pen goes on from it."""
 
 _SAG_EM = 0.05
 """How far below its ends a joining stroke may hang."""
@@ -56,8 +59,8 @@ class Measures:
         leaves = _utmost(glyph, _LEAVES_WITHIN, x_height, right=True)
         if character in _LEAVING_HIGH:
             high = _utmost(glyph, _LEAVES_HIGH_WITHIN, x_height, right=True)
-            # unless the face gives it a tail to go on with
-            leaves = max(high, leaves)
+            if leaves[0] < high[0] + _TAIL_EM * _MEASURED_PX:
+                leaves = high
         within_ink = np.array([[0.4, 0], [-0.4, 0]]) * self.pen
         return np.array([enters, leaves]) / _MEASURED_PX + within_ink
 
