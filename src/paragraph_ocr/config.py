@@ -183,6 +183,9 @@ class AugmentationConfig:
     neighbours_px: float = 0.0
     rules: float = 0.0
     threshold: float = 0.0
+    show_through: float = 0.0
+    stains: float = 0.0
+    coarse_px: float = 0.0
 
 
 @dataclass
