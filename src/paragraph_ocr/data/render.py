@@ -103,7 +103,7 @@ class Line(NamedTuple):
     struck: list[int]
     """Places of the letters that are not part of the transcription."""
     curves: list[np.ndarray]
-    """Each "points xy"; no ink of theirs is out of reach."""
+    """Each "curves points xy"; no ink of theirs is out of reach."""
 
     def reach_to(self, letters: np.ndarray, bounds: np.ndarray) -> None:
         """Let what each of these letters reaches, every one named once, hold these bounds too."""
@@ -145,13 +145,15 @@ def render(
         baseline_wave: em by which each line's baseline may drift either way from level.
     """
     uniform = generator.uniform
-    (extra,) = generator.spawn(1)  # what it draws moves nothing else
+    extra = generator
+    if joined or word_slant_deg or crossed_out or baseline_wave:
+        (extra,) = generator.spawn(1)  # what it draws moves nothing else
     spacing = uniform(0.85, 1.3) * face.height  # em from line to line
     advances = np.array([face.width(word) for word in words])
     space = max(0.25, face.width(" ")) * uniform(0.9, 1.6)
     indent = uniform(0.5, 2.5) if generator.random() < 0.25 else 0.0
 
-    struck = _mistakes(words, extra) if extra.random() < crossed_out else {}
+    struck = _mistakes(words, extra) if crossed_out and extra.random() < crossed_out else {}
     for place, mistake in struck.items():
         advances[place] += face.width(mistake) + space
 
@@ -309,7 +311,10 @@ def _set_line(
         ends = hand.measures.ends("".join(words)) * np.repeat(drawn, lengths)[:, None, None]
     if varied:
         scales = np.repeat(sizes / drawn, lengths)
-        leans = np.tan(np.radians(hand.word_slant_deg * extra.normal(size=len(words)).clip(-2, 2)))
+        leans = np.zeros(len(words))
+        if hand.word_slant_deg:
+            drawn_deg = hand.word_slant_deg * extra.normal(size=len(words)).clip(-2, 2)
+            leans = np.tan(np.radians(drawn_deg))
         inks, boxes, advances, ends = _varied(
             inks, boxes, advances, ends, scales, np.repeat(leans, lengths), hand, generator
         )
@@ -368,7 +373,7 @@ def _join(
     if len(lefts):
         from_to = np.stack([ends[lefts, LEAVES], ends[lefts + 1, ENTERS]], axis=1)
         curves = strokes.joins(from_to, size_px=hand.size_px)
-        line.curves.extend(curves)
+        line.curves.append(curves)
         line.reach_to(lefts, strokes.reach(curves, pen_px=hand.pen_px))
 
 
@@ -385,7 +390,7 @@ def _strike_out(
         generator=generator,
     )
     line.struck.extend(word)
-    line.curves.extend(curves)
+    line.curves.extend(curve[None] for curve in curves)
     for curve in curves:
         line.reach_to(np.array([word.start]), strokes.reach(curve[None], pen_px=hand.pen_px))
 

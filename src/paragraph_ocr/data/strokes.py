@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 
 import cv2
 import numpy as np
@@ -155,14 +156,16 @@ def reach(curves: np.ndarray, *, pen_px: float) -> np.ndarray:
 
 
 def draw(sheet: np.ndarray, curves: Sequence[np.ndarray], *, pen_px: float) -> None:
-    """Draw curves "points xy" on a sheet without ink, by a pen of some pixels.
+    """Draw curves, each array "curves points xy", on a sheet without ink, by a pen of some pixels.
 
     Thickness is whole pixels to OpenCV: what is finer gets as much less ink.
     """
     thickness = _thickness(pen_px)
     level = min(255, round(255 * pen_px / thickness))
-    scaled = [np.rint(curve * 2**_SUBPIXEL_BITS).astype(np.int32) for curve in curves]
-    cv2.polylines(sheet, scaled, False, level, thickness, cv2.LINE_AA, _SUBPIXEL_BITS)
+    scaled = [np.rint(several * 2**_SUBPIXEL_BITS).astype(np.int32) for several in curves]
+    cv2.polylines(
+        sheet, [*chain.from_iterable(scaled)], False, level, thickness, cv2.LINE_AA, _SUBPIXEL_BITS
+    )
 
 
 def _thickness(pen_px: float) -> int:
