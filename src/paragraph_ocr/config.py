@@ -99,6 +99,10 @@ class RenderedData(GeneratedData):
     random_share: float = MISSING
     jitter: float = 0.0
     pressure: float = 0.0
+    joined: float = 0.0
+    word_slant_deg: float = 0.0
+    crossed_out: float = 0.0
+    baseline_wave: float = 0.0
 
 
 @dataclass
@@ -180,6 +184,9 @@ class AugmentationConfig:
     neighbours_px: float = 0.0
     rules: float = 0.0
     threshold: float = 0.0
+    show_through: float = 0.0
+    stains: float = 0.0
+    coarse_px: float = 0.0
 
 
 @dataclass

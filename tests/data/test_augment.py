@@ -20,6 +20,7 @@ STRONG = {
     "ink": 0.5,
     "paper": 0.3,
     "noise": 0.1,
+    "coarse_px": 2.0,
 }
 GEOMETRY = (
     "rotation_deg",
@@ -148,6 +149,18 @@ def test_the_pen_grows_and_shrinks_but_strokes_stay():
     assert ink.max() > 1.1 * before
     assert ink.min() < 0.9 * before
     assert ink.min() > 0.3 * before
+
+
+def test_the_back_of_a_sheet_is_the_page_before_in_the_batch_mirrored():
+    torch.manual_seed(0)
+    pages = torch.zeros(32, 1, 40, 80, dtype=torch.uint8)
+    pages[::2, :, 10:30, 10:14] = 255  # on a page 60 wide, its mirror lies at 46 to 49
+    sizes = torch.tensor([[40, 60]] * 32)
+    shown = Augment(Strengths(show_through=0.5))(pages, sizes)
+    assert torch.equal(shown[::2], pages[::2])
+    backs = shown[1::2]
+    assert 20 < backs[..., 46:50].max() <= 0.5 * 255
+    assert not backs[..., :42].any() and not backs[..., 54:].any()
 
 
 def test_blank_pages_are_no_trouble():

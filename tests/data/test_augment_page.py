@@ -25,6 +25,7 @@ STRONG = {
     "ink": 0.5,
     "paper": 0.3,
     "noise": 0.1,
+    "coarse_px": 2.0,
 }
 MOVING = [name for name in STRONG if Strengths(**{name: 1.0}).move]
 
@@ -191,6 +192,7 @@ def test_a_rotation_turns_either_way_alike(augmented: Callable):
         ("blur_px", sharpness),
         ("ink", ink),
         ("paper", ink),
+        ("coarse_px", sharpness),
         ("noise", lambda pages: deviation(pages[:, :20, :])),
     ],
 )
@@ -220,7 +222,13 @@ def test_blank_pages_are_no_trouble():
     assert not augment_page(blank, moving, np.random.default_rng(0)).any()
 
 
-SOMETIMES = {"neighbours_px": 16.0, "rules": 0.8, "threshold": 0.5}
+SOMETIMES = {
+    "neighbours_px": 16.0,
+    "rules": 0.8,
+    "threshold": 0.5,
+    "show_through": 0.6,
+    "stains": 0.6,
+}
 
 
 def letter() -> np.ndarray:
@@ -273,6 +281,35 @@ def test_ruled_lines_are_straight_alike_and_never_cover_darker_ink(augmented: Ca
             assert len({changed[row, 0] for row in ruled}) == 1
             assert len(np.unique(changed[ruled][:, :25])) == 1
             assert np.diff(ruled)[np.diff(ruled) > 2].min(initial=20) >= 18
+
+
+@pytest.mark.parametrize("augmented", [each, together])
+@pytest.mark.parametrize("name", ["show_through", "stains"])
+def test_what_the_paper_shows_is_no_darker_than_asked_and_hides_no_ink(augmented: Callable, name):
+    page = letter()
+    pages = augmented(page, Strengths(**{name: 0.3}), 100)
+    assert (pages >= page).all()
+    assert (pages[:, page > 0.3 * 255] == page[page > 0.3 * 255]).all()
+    added = pages[:, page == 0]
+    assert 0.15 * 255 < added.max() <= 0.3 * 255 + 1
+
+
+@pytest.mark.parametrize("augmented", [each, together])
+def test_stains_have_soft_edges(augmented: Callable):
+    blank = np.zeros((200, 240), np.uint8)
+    pages = augmented(blank, Strengths(stains=1.0), 40).astype(int)
+    assert pages.max() > 150
+    assert max(np.abs(np.diff(pages, axis=axis)).max() for axis in (1, 2)) < 0.25 * 255
+
+
+@pytest.mark.parametrize("augmented", [each, together])
+def test_a_coarse_scan_keeps_ink_where_it_is_and_as_much_of_it(augmented: Callable):
+    page = dots(191, 255)  # no whole number of coarse pixels
+    pages = augmented(page, Strengths(coarse_px=3.0), 40)
+    assert np.abs(displacements(pages, page)).max() < 0.6
+    assert ink(pages) == pytest.approx(ink(page[None])[0], rel=0.06)
+    broad = cv2.dilate(page, np.ones((7, 7), np.uint8))
+    assert (pages[:, broad == 0] <= 3).all()
 
 
 @pytest.mark.parametrize("augmented", [each, together])

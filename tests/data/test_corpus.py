@@ -52,6 +52,10 @@ def test_every_field_that_changes_the_paragraphs_changes_the_path(few_notes, noi
         "held_out": ("Zeyada",),
         "jitter": 0.5,
         "pressure": 0.5,
+        "joined": 0.5,
+        "word_slant_deg": 3.0,
+        "crossed_out": 0.5,
+        "baseline_wave": 0.2,
     }
     for corpus in (few_notes, noise):
         prints = [corpus.fingerprint()]

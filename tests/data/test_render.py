@@ -2,6 +2,7 @@
 
 import itertools
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -25,41 +26,57 @@ def faces(notes):
     return found[0] if isinstance(found, tuple) else found
 
 
+CARELESS = {"jitter": 1.0, "pressure": 0.5}
+OLD = {"jitter": 0.5, "joined": 1.0, "word_slant_deg": 5.0, "baseline_wave": 0.5}
+MISTAKEN = {**CARELESS, **OLD, "joined": 0.5, "crossed_out": 1.0}
+
+
 @pytest.fixture(scope="module")
 def drawn(notes, faces):
-    """For each canvas: words and drawing, every face several times, short and long, even and careless."""
+    """For each canvas: words and drawing, every face several times, short and long, in several hands."""
+    return draw_all(notes, faces, [{}, CARELESS, OLD, {}, CARELESS, OLD])
+
+
+@pytest.fixture(scope="module")
+def mistaken(notes, faces):
+    """The same by hands that cross out words."""
+    return draw_all(notes, faces, [MISTAKEN] * 3)
+
+
+def draw_all(notes, faces, hands):
     passages = Passages(None, characters=notes.characters, random_share=0.25)
     made = {name: [] for name in CANVASES}
-    for name, number in itertools.product(CANVASES, range(5)):
+    for name, number in itertools.product(CANVASES, range(len(hands))):
         low, high = LENGTHS[name]
         for place, face in enumerate(faces):
             generator = np.random.default_rng([number, place])
             length = [low, (low + high) // 2, high][number % 3]
             words = passages.draw(generator, "train", length=length, minimum=low, maximum=high)
-            hand = {"jitter": 1.0, "pressure": 0.5} if number % 2 else {}
-            drawing = render(words, face, **CANVASES[name], **hand, generator=generator)
+            drawing = render(words, face, **CANVASES[name], **hands[number], generator=generator)
             made[name].append((words, drawing))
     return made
 
 
 @pytest.mark.parametrize("name", CANVASES)
-def test_ink_never_touches_the_border(drawn, name):
-    for _, drawing in drawn[name]:
+def test_ink_never_touches_the_border(drawn, mistaken, name):
+    for _, drawing in drawn[name] + mistaken[name]:
         edges = (drawing.image[0], drawing.image[-1], drawing.image[:, 0], drawing.image[:, -1])
         assert not any(edge.any() for edge in edges)
 
 
 @pytest.mark.parametrize("name", CANVASES)
-def test_the_transcription_is_the_words_in_order_on_the_promised_number_of_lines(drawn, name):
-    for words, drawing in drawn[name]:
+def test_the_transcription_is_the_words_in_order_on_the_promised_number_of_lines(
+    drawn, mistaken, name
+):
+    for words, drawing in drawn[name] + mistaken[name]:
         assert drawing.text.split() == words
         assert all(line == line.strip() and line for line in drawing.lines)
         assert CANVASES[name]["min_lines"] <= len(drawing.lines) <= CANVASES[name]["max_lines"]
 
 
 @pytest.mark.parametrize("name", CANVASES)
-def test_every_line_has_a_box_with_ink_and_no_ink_is_outside_the_boxes(drawn, name):
-    for _, drawing in drawn[name]:
+def test_every_line_has_a_box_with_ink_and_no_ink_is_outside_the_boxes(drawn, mistaken, name):
+    for _, drawing in drawn[name] + mistaken[name]:
         outside = drawing.image.copy()
         assert len(drawing.boxes) == len(drawing.lines)
         for left, top, right, bottom in drawing.boxes:
@@ -132,6 +149,20 @@ def test_the_same_generator_draws_the_same_page(faces):
     assert first.lines == second.lines
 
 
+def test_what_joins_and_waves_draw_at_random_moves_no_other_draw(faces):
+    def drawn(**hand):
+        generator = np.random.default_rng(7)
+        words = ["to", "be"] * 9
+        drawing = render(words, faces[2], **CANVASES["note"], **hand, generator=generator)
+        return drawing, generator.random()
+
+    plain, after = drawn()
+    off, after_off = drawn(joined=0.0, word_slant_deg=0.0, crossed_out=0.0, baseline_wave=0.0)
+    assert (plain.image == off.image).all() and after == after_off
+    old, after_old = drawn(joined=0.5, baseline_wave=0.3)
+    assert old.lines == plain.lines and after == after_old
+
+
 def test_with_jitter_no_two_letters_are_alike(faces):
     def letters(jitter):
         drawing = render(
@@ -156,6 +187,66 @@ def test_pressure_takes_ink_away_and_adds_none_elsewhere(faces):
     )  # fmt: skip
     assert (pressed > plain).sum() <= 0.01 * (plain > 0).sum()
     assert 0.2 * plain.sum() < pressed.sum() < 0.9 * plain.sum()
+
+
+def test_strokes_join_the_letters_of_a_word_and_only_lower_case_ones(faces):
+    def parts(word, joined):
+        drawing = render(
+            [word] * 6, faces[2], **CANVASES["note"], joined=joined,
+            generator=np.random.default_rng(1),
+        )  # fmt: skip
+        return cv2.connectedComponents((drawing.image > 60).astype(np.uint8))[0] - 1
+
+    assert parts("cannon", 0.0) == 36
+    assert parts("cannon", 1.0) == 6
+    assert 6 < parts("cannon", 0.5) < 36
+    assert parts("CUNNO,", 1.0) == parts("CUNNO,", 0.0)
+
+
+def test_words_that_are_crossed_out_are_on_the_page_and_not_in_its_text(mistaken, faces):
+    for _, drawing in itertools.chain.from_iterable(mistaken.values()):
+        assert len(drawing.letters) == len("".join(drawing.text.split()))
+
+    def drawing(crossed_out):
+        return render(
+            ["cannon"] * 9, faces[2], **CANVASES["note"], crossed_out=crossed_out,
+            generator=np.random.default_rng(1),
+        )  # fmt: skip
+
+    def elsewhere(drawing):
+        image = drawing.image.copy()
+        for left, top, right, bottom in drawing.letters:
+            image[max(0, top) : bottom, max(0, left) : right] = 0
+        return (image > 60).sum() / (drawing.image > 60).sum()
+
+    assert elsewhere(drawing(0.0)) == 0
+    assert elsewhere(drawing(1.0)) > 0.05
+
+
+def test_a_word_leans_as_a_whole_and_otherwise_than_the_next(faces):
+    def widths(slant):
+        drawing = render(
+            ["llll"] * 8, faces[2], height=300, width=600, min_lines=1, max_lines=1,
+            word_slant_deg=slant, generator=np.random.default_rng(1),
+        )  # fmt: skip
+        return (drawing.letters[:, 2] - drawing.letters[:, 0]).reshape(8, 4)
+
+    assert np.ptp(widths(10.0), axis=1).max() <= 1
+    assert np.ptp(widths(10.0)) > 2 * np.ptp(widths(0.0))
+
+
+def test_a_baseline_drifts_smoothly_beside_the_slope_of_the_page(faces):
+    def off_level(wave, seed):
+        drawing = render(
+            ["xxxxxxxx"] * 6, faces[2], height=300, width=1200, min_lines=1, max_lines=1,
+            baseline_wave=wave, generator=np.random.default_rng(seed),
+        )  # fmt: skip
+        places, heights = drawing.letters[:, 0], drawing.letters[:, 3]
+        return heights - np.polyval(np.polyfit(places, heights, 1), places)
+
+    drifting = [off_level(1.0, seed) for seed in range(24)]
+    assert np.std(drifting) > 3 * np.std([off_level(0.0, seed) for seed in range(24)])
+    assert np.std(np.diff(drifting)) < 0.5 * np.std(drifting)
 
 
 def test_faces_that_are_held_out_are_not_trained_on(few_notes, tmp_path):

@@ -31,6 +31,18 @@ PITCH_PX, RULE_PX = (20, 64), (1, 2)
 THRESHOLDS = 0.12, 0.4
 """Of a page's strongest ink, at which a scan in black and white is cut."""
 
+BACK_FACTOR = 3
+"""Pixels of the back of the sheet that run into one where it shows: as much as a blur by 1.5 px."""
+
+NUM_STAINS, STAIN_PX, STAIN_EDGE = 3, (24, 90), (0.2, 0.7)
+"""Stains on a page that has some, their least and most radius, and the share of it that their edge takes."""
+
+STAIN_STEP_PX = 4
+"""Distance of the places at which stains, which have no sharp edges, are computed."""
+
+STAIN_UNEVEN, RING_INSIDE = 0.25, 0.25
+"""Share by which a stain's outline leaves the circle, and of a ring's ink that is within it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Strengths:
@@ -54,6 +66,9 @@ class Strengths:
     neighbours_px: float = 0.0
     rules: float = 0.0
     threshold: float = 0.0
+    show_through: float = 0.0
+    stains: float = 0.0
+    coarse_px: float = 0.0
 
     @property
     def move(self) -> bool:
@@ -101,8 +116,15 @@ class Augment(nn.Module):
             pages = pages * (1 - strengths.ink * _uniform(pages))
         if strengths.rules:
             pages = torch.maximum(pages, _rules(pages, strengths.rules))
+        if strengths.coarse_px:
+            share = _uniform(pages) * coarse_share(strengths.coarse_px)
+            pages = _mix(pages, _coarse(pages, coarse_factor(strengths.coarse_px)), share)
         # of clean paper: a scanner cuts where it takes the writing for writing
         black_and_white = _cut(pages) if strengths.threshold else None
+        if strengths.show_through:
+            pages = torch.maximum(pages, _back(pages, sizes, strengths.show_through))
+        if strengths.stains:
+            pages = torch.maximum(pages, _stains(pages, coarse, strengths.stains))
         if strengths.paper:
             texture = _field(pages, coarse) * 0.5 + _field(pages, fine) * 0.3 + 0.3
             pages = torch.maximum(pages, strengths.paper * _uniform(pages) * texture.clamp(0, 1))
@@ -286,6 +308,58 @@ def _rules(pages: Tensor, most: float) -> Float[Tensor, "B 1 H 1"]:
     thick = RULE_PX[0] + (RULE_PX[1] - RULE_PX[0]) * _uniform(pages)
     lines = (rows + pitch * _uniform(pages)) % pitch < thick
     return lines * (most * _uniform(pages) * (_uniform(pages) < 0.5))
+
+
+def _back(
+    pages: Float[Tensor, "B 1 H W"], sizes: Int[Tensor, "B 2"] | None, most: float
+) -> Float[Tensor, "B 1 H W"]:
+    """Return what half of the pages show of their back: the page before in the batch, mirrored."""
+    places = torch.arange(pages.shape[3], device=pages.device)
+    widths = pages.shape[3] if sizes is None else sizes[:, 1, None, None, None]
+    mirrored = (widths - 1 - places).expand_as(pages)  # negative beyond the page
+    back = pages.roll(1, dims=0).gather(3, mirrored.clamp(min=0)) * (mirrored >= 0)
+    return _coarse(back, BACK_FACTOR) * (most * _uniform(pages) * (_uniform(pages) < 0.5))
+
+
+def _stains(pages: Tensor, curves: "Curves", most: float) -> Float[Tensor, "B 1 H W"]:
+    """Return the blots and rings of half of the pages, of at most a share `most` of full ink."""
+    height, width = pages.shape[2:]
+    xs = torch.arange(0, width, STAIN_STEP_PX, device=pages.device)
+    ys = torch.arange(0, height, STAIN_STEP_PX, device=pages.device)[:, None]
+    steps = Curves(curves.down[::STAIN_STEP_PX], curves.across[::STAIN_STEP_PX])
+    uneven = 1 + STAIN_UNEVEN * _field(pages, steps)
+    stains = torch.zeros_like(uneven)
+    for _ in range(NUM_STAINS):
+        x, y = xs - width * _uniform(pages), ys - height * _uniform(pages)
+        radius = STAIN_PX[0] + (STAIN_PX[1] - STAIN_PX[0]) * _uniform(pages)
+        edge = STAIN_EDGE[0] + (STAIN_EDGE[1] - STAIN_EDGE[0]) * _uniform(pages)
+        far = (x * x + y * y).sqrt() / radius * uneven
+        blot = ((1 - far) / edge).clamp(0, 1)
+        ring = torch.maximum(RING_INSIDE * blot, (1 - 2 * (1 - far).abs() / edge).clamp(min=0))
+        stain = torch.where(_uniform(pages) < 0.5, blot, ring) * _uniform(pages)
+        stains = torch.maximum(stains, stain)
+    stains = stains * (most * (_uniform(pages) < 0.5))
+    return _as_large(stains, STAIN_STEP_PX, pages)
+
+
+def coarse_factor(coarse_px: float) -> int:
+    """Return how many pixels, across and down, run into one."""
+    return max(2, math.ceil(coarse_px))
+
+
+def coarse_share(coarse_px: float) -> float:
+    """Return the most of the coarse page that is mixed in; all of it at a whole factor."""
+    return coarse_px / coarse_factor(coarse_px)
+
+
+def _coarse(pages: Float[Tensor, "B 1 H W"], factor: int) -> Float[Tensor, "B 1 H W"]:
+    """Return pages as a scanner with pixels `factor` times as large gives them, at their size."""
+    return _as_large(F.avg_pool2d(pages, factor, ceil_mode=True), factor, pages)
+
+
+def _as_large(small: Tensor, factor: int, pages: Float[Tensor, "B 1 H W"]) -> Tensor:
+    large = F.interpolate(small, scale_factor=factor, mode="bilinear")
+    return large[..., : pages.shape[2], : pages.shape[3]]
 
 
 def _pen(pages: Float[Tensor, "B 1 H W"], pen_px: float) -> Float[Tensor, "B 1 H W"]:

@@ -7,14 +7,23 @@ import cv2
 import numpy as np
 
 from paragraph_ocr.data.augment import (
+    BACK_FACTOR,
     COARSE_PX,
     FINE_PX,
     GAP_PX,
     INK,
+    NUM_STAINS,
     PITCH_PX,
+    RING_INSIDE,
     RULE_PX,
+    STAIN_EDGE,
+    STAIN_PX,
+    STAIN_STEP_PX,
+    STAIN_UNEVEN,
     THRESHOLDS,
     Strengths,
+    coarse_factor,
+    coarse_share,
     spline,
 )  # fmt: skip
 
@@ -54,9 +63,18 @@ def augment_page(
         page = cv2.convertScaleAbs(page, alpha=1 - strengths.ink * uniform())
     if strengths.rules:
         page = np.maximum(page, _rules(len(page), strengths.rules, generator))
+    if strengths.coarse_px:
+        coarse = _coarse(page, coarse_factor(strengths.coarse_px))
+        page = _mix(page, coarse, uniform() * coarse_share(strengths.coarse_px))
     if strengths.threshold and uniform() < strengths.threshold:
         level = generator.uniform(*THRESHOLDS) * page.max()
         return cv2.threshold(page, level, 255, cv2.THRESH_BINARY)[1]
+    if strengths.show_through and uniform() < 0.5:
+        # there is no other page: its own, turned over about its middle line
+        back = _coarse(cv2.flip(page, 0), BACK_FACTOR)
+        page = np.maximum(page, cv2.convertScaleAbs(back, alpha=strengths.show_through * uniform()))
+    if strengths.stains and uniform() < 0.5:
+        page = np.maximum(page, _stains(page.shape, strengths.stains, generator))
     if strengths.paper:
         page = np.maximum(page, _paper(page.shape, strengths.paper * uniform(), generator))
     if strengths.noise:
@@ -94,6 +112,35 @@ def _rules(height: int, most: float, generator: np.random.Generator) -> np.ndarr
     lines = (np.arange(height) + pitch * generator.random()) % pitch < thick
     amount = 255 * most * generator.random() * (generator.random() < 0.5)
     return (lines * amount).astype(np.uint8)[:, None]
+
+
+def _stains(shape: tuple[int, ...], most: float, generator: np.random.Generator) -> np.ndarray:
+    """Return blots and rings, uint8 (H, W), of at most a share `most` of full ink."""
+    uniform = generator.uniform
+    height, width = (-(-length // STAIN_STEP_PX) for length in shape)
+    xs, ys = (np.arange(steps, dtype=np.float32) * STAIN_STEP_PX for steps in (width, height))
+    field = _field(shape, COARSE_PX, generator)[1:-1, 1:-1]
+    uneven = 1 + STAIN_UNEVEN * cv2.resize(field, (width, height))
+    stains = np.zeros((height, width), np.float32)
+    for _ in range(NUM_STAINS):
+        x, y = xs - shape[1] * uniform(), ys - shape[0] * uniform()
+        radius, edge = uniform(*STAIN_PX), uniform(*STAIN_EDGE)
+        far = np.hypot(x, y[:, None]) * uneven / radius
+        stain = np.clip((1 - far) / edge, 0, 1)
+        if uniform() < 0.5:
+            stain = np.maximum(RING_INSIDE * stain, 1 - 2 * np.abs(1 - far) / edge)
+        stains = np.maximum(stains, stain * uniform())
+    return _as_large(np.rint(255 * most * stains).astype(np.uint8), shape)
+
+
+def _coarse(page: np.ndarray, factor: int) -> np.ndarray:
+    """Return the page as a scanner with pixels `factor` times as large gives it, at its size."""
+    height, width = (max(1, round(length / factor)) for length in page.shape)
+    return _as_large(cv2.resize(page, (width, height), interpolation=cv2.INTER_AREA), page.shape)
+
+
+def _as_large(page: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return cv2.resize(page, shape[::-1], interpolation=cv2.INTER_LINEAR)
 
 
 def _sources(page: np.ndarray, strengths: Strengths, generator: np.random.Generator) -> np.ndarray:

@@ -1,24 +1,27 @@
 """Paragraphs drawn in handwriting-like faces: the image, and the transcription as drawn.
 
-Each line is set letter by letter, straight and level. The letters of all lines are put down on a sheet, and
-one warp carries the sheet to the canvas: slant, slope, scale, and a smooth wander of the hand. Its bounds
-are known exactly, so that ink never leaves the canvas, and nothing is computed where no ink can come.
+Each line is set letter by letter, and upright. The letters of all lines are put down on a sheet, over the
+strokes that join them or cross them out, and one warp carries the sheet to the canvas: slant, slope, scale,
+and a smooth wander of the hand. Its bounds are known exactly, so that ink never leaves the canvas, and
+nothing is computed where no ink can come.
 """
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
+from paragraph_ocr.data import strokes
 from paragraph_ocr.data.fonts import Face
+from paragraph_ocr.data.strokes import ENTERS, LEAVES, Measures
 
-RENDERER_VERSION = 4
+RENDERER_VERSION = 5
 """Part of every rendered store's fingerprint: raise it whenever the same arguments draw otherwise."""
 
 LARGEST_PX = 64
@@ -66,12 +69,47 @@ class Drawing:
         return "\n".join(self.lines)
 
 
+class Hand(NamedTuple):
+    """What the lines of a paragraph have in common; the last four as `render` has them."""
+
+    face: Face
+    weight: int | None
+    size_px: int
+    space_px: float
+    pairs_joined: float
+    """Share of this paragraph's pairs of letters that are joined."""
+    jitter: float
+    word_slant_deg: float
+    baseline_wave: float
+
+    @property
+    def measures(self) -> Measures:
+        return strokes.measures(self.face, self.weight)
+
+    @property
+    def pen_px(self) -> float:
+        """Breadth of the strokes that are added: lightly, so a little less than the face's own."""
+        return 0.85 * self.measures.pen * self.size_px
+
+
 class Line(NamedTuple):
-    """The letters of one line, each with its box in pixels from where the baseline begins."""
+    """The letters of one line and the strokes between them, in pixels from where the baseline begins."""
 
     inks: list[np.ndarray]
     boxes: np.ndarray
-    """int (n, 4): left, top, right, bottom."""
+    """int (n, 4): left, top, right, bottom of each letter's ink."""
+    reaches: np.ndarray
+    """The same, with the strokes that leave the letter or cross out the word it begins."""
+    struck: list[int]
+    """Places of the letters that are not part of the transcription."""
+    curves: list[np.ndarray]
+    """Each "curves points xy"; no ink of theirs is out of reach."""
+
+    def reach_to(self, letters: np.ndarray, bounds: np.ndarray) -> None:
+        """Let what each of these letters reaches, every one named once, hold these bounds too."""
+        reaches = self.reaches
+        reaches[letters, :2] = np.minimum(reaches[letters, :2], bounds[:, :2])
+        reaches[letters, 2:] = np.maximum(reaches[letters, 2:], bounds[:, 2:])
 
 
 def render(
@@ -84,6 +122,10 @@ def render(
     max_lines: int,
     jitter: float = 0.0,
     pressure: float = 0.0,
+    joined: float = 0.0,
+    word_slant_deg: float = 0.0,
+    crossed_out: float = 0.0,
+    baseline_wave: float = 0.0,
     generator: np.random.Generator,
 ) -> Drawing:
     """Return the words as one paragraph on a canvas of the given size in pixels, all ink inside.
@@ -95,12 +137,25 @@ def render(
         jitter: how much each letter differs from others of its kind in size, slant, turn, place and
             distance; 1 is a careless hand, 0 sets type.
         pressure: share of the ink that comes and goes along the page.
+        joined: share of neighbours among a word's lower-case letters that a stroke joins. A hand
+            joins most of them or few.
+        word_slant_deg: standard deviation of each word's own slant.
+        crossed_out: share of paragraphs in which one or two words are crossed out. They are other
+            words of the paragraph, written before the right ones, and not in the transcription.
+        baseline_wave: em by which each line's baseline may drift either way from level.
     """
     uniform = generator.uniform
+    extra = generator
+    if joined or word_slant_deg or crossed_out or baseline_wave:
+        (extra,) = generator.spawn(1)  # what it draws moves nothing else
     spacing = uniform(0.85, 1.3) * face.height  # em from line to line
     advances = np.array([face.width(word) for word in words])
     space = max(0.25, face.width(" ")) * uniform(0.9, 1.6)
     indent = uniform(0.5, 2.5) if generator.random() < 0.25 else 0.0
+
+    struck = _mistakes(words, extra) if crossed_out and extra.random() < crossed_out else {}
+    for place, mistake in struck.items():
+        advances[place] += face.width(mistake) + space
 
     margins = np.array([width, height]) * uniform(0.01, 0.05, size=2)
     inner = np.array([width, height]) - 2 * margins
@@ -118,7 +173,8 @@ def render(
         minimum=min_lines,
         generator=generator,
     )
-    lines = [words[a:b] for a, b in zip(starts, [*starts[1:], len(words)], strict=True)]
+    ends = [*pairwise([*starts, len(words)])]
+    lines = [words[a:b] for a, b in ends]
 
     size = min(
         inner[0] * uniform(0.85, 1.0) / line_em,
@@ -128,22 +184,24 @@ def render(
     size_px = max(SMALLEST_PX, round(size))
     weight = None if face.weights is None else round(uniform(*face.weights) / 100) * 100
     slant = math.tan(math.radians(generator.normal(3, 6)))
+    hand = Hand(
+        face, weight, size_px, space * size_px, _pairs_joined(joined, extra), jitter,
+        word_slant_deg, baseline_wave,
+    )  # fmt: skip
     set_lines = [
         _set_line(
-            line,
-            face,
-            size_px,
-            weight,
-            space_px=space * size_px,
-            jitter=jitter,
+            words[a:b],
+            {place - a: mistake for place, mistake in struck.items() if a <= place < b},
+            hand,
             generator=generator,
+            extra=extra,
         )
-        for line in lines
+        for a, b in ends
     ]
     lefts = generator.normal(0, 0.15 * size_px, size=len(lines))
     lefts[0] += indent * size_px
     sheet, boxes, letters = _lay(
-        set_lines, lefts, pitch_px=spacing * size_px, slant=slant, generator=generator
+        set_lines, lefts, hand, pitch_px=spacing * size_px, slant=slant, generator=generator
     )
     part, (top, left), boxes, letters = _warp(
         sheet, boxes, letters, slant=slant, inner=inner, margins=margins, height=height, width=width,
@@ -202,24 +260,44 @@ def _wrap(
     return chosen, float(max(widths)) - space
 
 
+def _mistakes(words: Sequence[str], generator: np.random.Generator) -> dict[int, str]:
+    """Return one or two words to be crossed out, by the places of the words they are written before."""
+    places = generator.integers(len(words), size=1 + generator.integers(2)).tolist()
+    others = generator.integers(1, max(2, len(words)), size=len(places)).tolist()
+    return {p: words[(p + far) % len(words)] for p, far in zip(places, others, strict=True)}
+
+
+def _pairs_joined(joined: float, generator: np.random.Generator) -> float:
+    """Return the share of a paragraph's pairs: `joined` in the mean, but rather all or none."""
+    if joined in (0, 1):
+        return joined
+    return float(generator.beta(joined, 1 - joined))
+
+
 def _set_line(
     words: Sequence[str],
-    face: Face,
-    size_px: int,
-    weight: int | None,
+    struck: Mapping[int, str],
+    hand: Hand,
     *,
-    space_px: float,
-    jitter: float,
     generator: np.random.Generator,
+    extra: np.random.Generator,
 ) -> Line:
-    """Return the letters of a level line; words vary a little in height, size and distance."""
+    """Return the letters of a line; words vary a little in height, size and distance.
+
+    Args:
+        struck: words to be crossed out, by the places of the words that are written after them.
+        extra: draws all that is not letters and their places.
+    """
+    words, mistakes = _written(words, struck)
+    size_px = hand.size_px
     shifts = generator.normal(0, 0.025 * size_px, size=len(words))
-    gaps = space_px * generator.uniform(0.8, 1.3, size=len(words))
+    gaps = hand.space_px * generator.uniform(0.8, 1.3, size=len(words))
     sizes = size_px + np.rint(generator.normal(0, 0.03 * size_px, size=len(words))).astype(int)
     sizes = np.maximum(SMALLEST_PX, sizes)
     # letters that are warped are drawn in few sizes, larger than needed
-    drawn = -(-sizes // _SIZES_PX) * _SIZES_PX if jitter else sizes
-    sets = [face.glyphs(size, weight) for size in drawn.tolist()]
+    varied = hand.jitter or hand.word_slant_deg
+    drawn = -(-sizes // _SIZES_PX) * _SIZES_PX if varied else sizes
+    sets = [hand.face.glyphs(size, hand.weight) for size in drawn.tolist()]
     letters = [
         glyphs[character] for word, glyphs in zip(words, sets, strict=True) for character in word
     ]
@@ -228,38 +306,120 @@ def _set_line(
     corners = np.array([(letter.left, letter.top) for letter in letters])
     boxes = np.concatenate([corners, corners + [ink.shape[::-1] for ink in inks]], axis=1)
     advances = np.array([letter.advance for letter in letters])
-    if jitter:
+    ends = np.empty((len(inks), 0, 2))
+    if hand.pairs_joined:
+        ends = hand.measures.ends("".join(words)) * np.repeat(drawn, lengths)[:, None, None]
+    if varied:
         scales = np.repeat(sizes / drawn, lengths)
-        inks, boxes, advances = _varied(inks, boxes, advances, scales, size_px, jitter, generator)
+        leans = np.zeros(len(words))
+        if hand.word_slant_deg:
+            drawn_deg = hand.word_slant_deg * extra.normal(size=len(words)).clip(-2, 2)
+            leans = np.tan(np.radians(drawn_deg))
+        inks, boxes, advances, ends = _varied(
+            inks, boxes, advances, ends, scales, np.repeat(leans, lengths), hand, generator
+        )
     steps = advances.copy()
     steps[np.cumsum(lengths) - 1] += gaps
     pens = np.rint(np.cumsum(steps) - steps)
-    baselines = np.rint(np.repeat(shifts, lengths))
-    moved = np.stack([pens, baselines] * 2, axis=1).astype(int)
-    return Line(inks, boxes + moved)
+    baselines = np.repeat(shifts, lengths)
+    if hand.baseline_wave:
+        baselines += hand.baseline_wave * size_px * _wave(pens / size_px, extra)
+    moved = np.stack([pens, np.rint(baselines)] * 2, axis=1).astype(int)
+    boxes = boxes + moved
+    line = Line(inks, boxes, boxes, [], [])
+    if hand.pairs_joined or mistakes:
+        line = line._replace(reaches=boxes.copy())
+    if hand.pairs_joined:
+        _join(line, "".join(words), lengths, ends + moved[:, None, :2], hand, extra)
+    for word in mistakes:
+        first = sum(lengths[:word])
+        _strike_out(line, range(first, first + lengths[word]), float(baselines[first]), hand, extra)
+    return line
+
+
+def _written(
+    words: Sequence[str], struck: Mapping[int, str]
+) -> tuple[Sequence[str], Sequence[int]]:
+    """Return all words that are written on a line, and the places of those that are crossed out."""
+    if not struck:
+        return words, ()
+    groups = [[struck[i], word] if i in struck else [word] for i, word in enumerate(words)]
+    return [*chain.from_iterable(groups)], [
+        place + before for before, place in enumerate(sorted(struck))
+    ]
+
+
+def _wave(places: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Return how low the baseline lies at places along a line in em, -1 to 1: a swell, and a rise or fall."""
+    rise, swell = generator.uniform(-1, 1), generator.uniform(0, 0.5)
+    phase = places / generator.uniform(1.5, 5) + generator.uniform(0, 2 * math.pi)
+    return rise * (places / max(1.0, places[-1]) - 0.5) + swell * np.sin(phase)
+
+
+def _join(
+    line: Line,
+    text: str,
+    lengths: np.ndarray,
+    ends: np.ndarray,
+    hand: Hand,
+    generator: np.random.Generator,
+) -> None:
+    """Add strokes from lower-case letters to the next of their words, to some of those they do not touch."""
+    lower = np.array([*map(str.islower, text)])
+    pairs = lower[:-1] & lower[1:] & (generator.random(len(text) - 1) < hand.pairs_joined)
+    pairs[np.cumsum(lengths)[:-1] - 1] = False
+    pairs &= ends[1:, ENTERS, 0] > ends[:-1, LEAVES, 0]
+    (lefts,) = np.nonzero(pairs)
+    if len(lefts):
+        from_to = np.stack([ends[lefts, LEAVES], ends[lefts + 1, ENTERS]], axis=1)
+        curves = strokes.joins(from_to, size_px=hand.size_px)
+        line.curves.append(curves)
+        line.reach_to(lefts, strokes.reach(curves, pen_px=hand.pen_px))
+
+
+def _strike_out(
+    line: Line, word: range, baseline: float, hand: Hand, generator: np.random.Generator
+) -> None:
+    """Add strokes through the letters of a word, which then are not part of the transcription."""
+    boxes = line.boxes[word.start : word.stop]
+    curves = strokes.strikes(
+        float(boxes[:, 0].min()),
+        float(boxes[:, 2].max()),
+        baseline,
+        x_height_px=hand.measures.x_height * hand.size_px,
+        generator=generator,
+    )
+    line.struck.extend(word)
+    line.curves.extend(curve[None] for curve in curves)
+    for curve in curves:
+        line.reach_to(np.array([word.start]), strokes.reach(curve[None], pen_px=hand.pen_px))
 
 
 def _varied(
     inks: Sequence[np.ndarray],
     boxes: np.ndarray,
     advances: np.ndarray,
+    ends: np.ndarray,
     scales: np.ndarray,
-    size_px: int,
-    jitter: float,
+    leans: np.ndarray,
+    hand: Hand,
     generator: np.random.Generator,
-) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
     """Return each letter as it comes this time: stretched, slanted, turned and lifted, on the baseline.
 
     Args:
         boxes: "letters 4" from where the pen stands on the baseline; so are those returned.
+        ends: "letters ends 2", places that go with the letter.
         scales: by which each letter is smaller than it was drawn.
+        leans: the slant that each has from its word.
     """
-    drawn = generator.normal(0, jitter, size=(len(inks), len(_JITTER))).clip(-2, 2) * _JITTER
+    shape = (len(inks), len(_JITTER))
+    drawn = generator.normal(0, hand.jitter, size=shape).clip(-2, 2) * _JITTER
     wide, high, slant, turn, lift, gap = drawn.T
     linear = np.empty((len(inks), 2, 2))
-    linear[:, 0, 0], linear[:, 0, 1] = scales * (1 + wide), scales * (slant - turn)
+    linear[:, 0, 0], linear[:, 0, 1] = scales * (1 + wide), scales * (slant + leans - turn)
     linear[:, 1, 0], linear[:, 1, 1] = scales * turn, scales * (1 + high)
-    lifts = np.stack([np.zeros_like(lift), lift * size_px], axis=1)
+    lifts = np.stack([np.zeros_like(lift), lift * hand.size_px], axis=1)
     corners = boxes[:, [[0, 1], [2, 1], [0, 3], [2, 3]]]  # (n, 4 corners, xy)
     placed = corners @ linear.transpose(0, 2, 1) + lifts[:, None]
     low = np.floor(placed.min(axis=1)).astype(int) - 1
@@ -271,12 +431,18 @@ def _varied(
         cv2.warpAffine(ink, matrix, size, flags=cv2.INTER_LINEAR)
         for ink, matrix, size in zip(inks, matrices, sizes, strict=True)
     ]
-    return varied, np.concatenate([low, high_ends], axis=1), advances * scales * (1 + wide + gap)
+    return (
+        varied,
+        np.concatenate([low, high_ends], axis=1),
+        advances * scales * (1 + wide + gap),
+        ends @ linear.transpose(0, 2, 1) + lifts[:, None],
+    )
 
 
 def _lay(
     lines: Sequence[Line],
     lefts: np.ndarray,
+    hand: Hand,
     *,
     pitch_px: float,
     slant: float,
@@ -288,16 +454,31 @@ def _lay(
     """
     baselines = np.cumsum(pitch_px * generator.uniform(0.93, 1.07, size=len(lines)))
     offsets = np.rint(np.stack([lefts + slant * baselines, baselines] * 2, axis=1)).astype(int)
-    placed = [line.boxes + offset for line, offset in zip(lines, offsets, strict=True)]
+    placed = [line.reaches + offset for line, offset in zip(lines, offsets, strict=True)]
     bounds = np.array([(*boxes[:, :2].min(axis=0), *boxes[:, 2:].max(axis=0)) for boxes in placed])
     origin = np.tile(bounds[:, :2].min(axis=0), 2)
     bounds -= origin
     letters = np.concatenate(placed) - origin
     sheet = np.zeros((bounds[:, 3].max(), bounds[:, 2].max()), np.uint8)
+    boxes = letters
+    if any(line.curves for line in lines):
+        offsets -= origin
+        moved = [*zip(lines, offsets, strict=True)]
+        boxes = np.concatenate([line.boxes + offset for line, offset in moved])
+        curves = [curve + offset[:2] for line, offset in moved for curve in line.curves]
+        strokes.draw(sheet, curves, pen_px=hand.pen_px)
     inks = chain.from_iterable(line.inks for line in lines)
-    for ink, (left, top, right, bottom) in zip(inks, letters.tolist(), strict=True):
+    for ink, (left, top, right, bottom) in zip(inks, boxes.tolist(), strict=True):
         part = sheet[top:bottom, left:right]
         cv2.max(part, ink, part)  # into the sheet; half of what np.maximum takes
+    if any(line.struck for line in lines):
+        firsts = accumulate((len(line.inks) for line in lines), initial=0)
+        struck = [
+            first + place
+            for line, first in zip(lines, firsts, strict=False)
+            for place in line.struck
+        ]
+        letters = np.delete(letters, struck, axis=0)
     return sheet, bounds, letters
 
 

@@ -38,6 +38,14 @@ class SyntheticCorpus(GeneratedCorpus):
     """How much each letter differs from others of its kind; 1 is a careless hand."""
     pressure: float = 0.0
     """Share of the ink that comes and goes along a page."""
+    joined: float = 0.0
+    """Share of neighbouring lower-case letters that a stroke joins; a hand joins most or few."""
+    word_slant_deg: float = 0.0
+    """Standard deviation of each word's own slant."""
+    crossed_out: float = 0.0
+    """Share of paragraphs in which one or two words more are written, and crossed out."""
+    baseline_wave: float = 0.0
+    """Em by which a line may drift either way from level."""
 
     def fingerprint(self) -> str:
         identity = {
@@ -74,6 +82,10 @@ class SyntheticCorpus(GeneratedCorpus):
                 max_lines=self.max_lines,
                 jitter=self.jitter,
                 pressure=self.pressure,
+                joined=self.joined,
+                word_slant_deg=self.word_slant_deg,
+                crossed_out=self.crossed_out,
+                baseline_wave=self.baseline_wave,
                 generator=generator,
             )
             return Paragraph(drawing.image, drawing.text, split, face.name, face.name)
