@@ -89,6 +89,16 @@ def test_every_choice_builds_all_parts(override, tmp_path):
     assert trainer.max_epochs is not None
 
 
+def test_what_ends_between_two_validations_is_validated_once_more(run_experiment):
+    typed = ["model=tiny", "datamodule=fake", "debug=ci", "schedule=constant", "tracking=off"]
+    typed += ["trainer.max_epochs=-1", "trainer.accelerator=cpu"]  # of 4 steps
+    at_epoch, later = (
+        run_experiment(*typed, f"trainer.max_steps={steps}").metrics for steps in (4, 6)
+    )
+    assert later["val/loss"] != at_epoch["val/loss"]
+    assert later["val/loss"] == pytest.approx(at_epoch["val/loss"], rel=0.5)
+
+
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.startswith("iam_")])
 def test_every_experiment_runs_two_steps(run_experiment, name):
     recipe = [*RECIPES[name], *FEW_STAGES] if name in RECIPES else []

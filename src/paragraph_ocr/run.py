@@ -274,8 +274,9 @@ class _Job:
         trainer.fit(learner, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
         metrics = self.checkpoints.metrics | _metrics(trainer)
         pruned = watch is not None and watch.pruned
-        # max_steps or max_time may have ended it inside the first epoch
-        if "val/cer" not in metrics and limits.limit_val_batches and not pruned:
+        # max_steps or max_time may have ended it since the last validation
+        unseen = self.keep.validated_step != trainer.global_step
+        if unseen and limits.limit_val_batches and not pruned:
             trainer.validate(learner, datamodule=datamodule, verbose=False)
             metrics |= _metrics(trainer)
         trainer.strategy.barrier()  # until the first process has written the weights

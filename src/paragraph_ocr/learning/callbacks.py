@@ -34,19 +34,23 @@ class KeepWeights(pl.Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.best: tuple[float, float] | None = None
+        self.validated_step: int | None = None
 
     @property
     def best_path(self) -> Path:
         return self.folder / "best.safetensors"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "validated_step": self.validated_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        self.best, self.validated_step = state_dict["best"], state_dict["validated_step"]
 
     def on_validation_end(self, trainer: pl.Trainer, learner: pl.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if trainer.sanity_checking:
+            return
+        self.validated_step = trainer.global_step
+        if not trainer.is_global_zero:
             return
         self._save(learner, "last.safetensors")
         if self.best is None or score(trainer) < self.best:
