@@ -21,7 +21,7 @@ NUMBERS = {
     "scale": "fp32",
     "root": "fp32",
 }
-WHOLE = {"arrived": "*i32", "ended": "*i32", "mask": "*i1", "written": "*i64"}
+WHOLE = {"arrived": "*i32", "mask": "*i1", "written": "*i64"}
 FULL = ("stream", "parts", "scores")
 """Tensors that are float32 whatever is read in, beside those of `resident._WEIGHTS`."""
 

@@ -53,11 +53,18 @@ def _total(
 
 @triton.jit
 @no_type_check
-def normalised(values, weight, bias, columns, inside, WIDTH: tl.constexpr, EPS: tl.constexpr):
+def standardised(values, inside, WIDTH: tl.constexpr, EPS: tl.constexpr):
+    """Return values of mean 0 and variance 1."""
     centred = tl.where(inside, values - tl.sum(values, axis=0) / WIDTH, 0.0)
-    scale = tl.rsqrt(tl.sum(centred * centred, axis=0) / WIDTH + EPS)
+    return centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / WIDTH + EPS)
+
+
+@triton.jit
+@no_type_check
+def _normalised(values, weight, bias, columns, inside, WIDTH: tl.constexpr, EPS: tl.constexpr):
     weights = tl.load(weight + columns, mask=inside, other=0.0)
-    return centred * scale * weights + tl.load(bias + columns, mask=inside, other=0.0)
+    biases = tl.load(bias + columns, mask=inside, other=0.0)
+    return standardised(values, inside, WIDTH, EPS) * weights + biases
 
 
 @triton.jit
@@ -87,7 +94,7 @@ def _inputs(
     values = _total(states_in, parts, bias, row, columns, inside, WIDTH, PARTS, BLOCK_PARTS)
     inputs = values
     if PRE or PARTS > 0:
-        inputs = normalised(values, norm_weight, norm_bias, columns, inside, WIDTH, EPS)
+        inputs = _normalised(values, norm_weight, norm_bias, columns, inside, WIDTH, EPS)
     if writes:
         tl.store(states_out + row * WIDTH + columns, values if PRE else inputs, mask=inside)
     return inputs
@@ -114,10 +121,16 @@ def columns_tile(weight, first, lanes, in_lanes, columns, inside, WIDTH: tl.cons
 
 @triton.jit
 @no_type_check
-def product(rows, bias, inputs, first, lanes, in_lanes):
+def product(rows, inputs):
+    """Return the products of a vector with each of some rows of weights."""
+    return tl.sum(rows.to(tl.float32) * inputs[None, :], axis=1)
+
+
+@triton.jit
+@no_type_check
+def _linear(rows, bias, inputs, first, lanes, in_lanes):
     """Return some outputs of a linear layer, whose weights `tile` has given."""
-    outputs = tl.sum(rows.to(tl.float32) * inputs[None, :], axis=1)
-    return outputs + tl.load(bias + first + lanes, mask=in_lanes, other=0.0)
+    return product(rows, inputs) + tl.load(bias + first + lanes, mask=in_lanes, other=0.0)
 
 
 @triton.jit
@@ -212,14 +225,14 @@ def attention_block(
             states_in, states_out, parts_in, bias_in, norm_weight, norm_bias, row, head == 0,
             columns, inside, WIDTH, PARTS, BLOCK_PARTS, PRE, EPS,
         )  # fmt: skip
-        query = product(queries, bias, inputs, first, lanes, in_lanes) * scale
+        query = _linear(queries, bias, inputs, first, lanes, in_lanes) * scale
         count = CELLS
         # finite: cells before the first that is seen weigh nothing
         most, weights = tl.full([], -1e30, tl.float32), tl.full([], 0.0, tl.float32)
         gathered = tl.zeros([BLOCK_HEAD], dtype=tl.float32)
         if SELF:
-            key = product(to_keys, bias, inputs, WIDTH + first, lanes, in_lanes)
-            value = product(to_values, bias, inputs, 2 * WIDTH + first, lanes, in_lanes)
+            key = _linear(to_keys, bias, inputs, WIDTH + first, lanes, in_lanes)
+            value = _linear(to_values, bias, inputs, 2 * WIDTH + first, lanes, in_lanes)
             key, value = key.to(keys.dtype.element_ty), value.to(values.dtype.element_ty)
             count = tl.load(positions + row)
             place = base + count * HEAD + lanes
@@ -232,7 +245,7 @@ def attention_block(
             query, keys, values, mask, row, base, count, lanes, in_lanes, most, weights, gathered,
             HEAD, CELLS, MASKED, BLOCK,
         )  # fmt: skip
-        part = tl.sum(outputs.to(tl.float32) * gathered[None, :], axis=1)
+        part = product(outputs, gathered)
         tl.store(parts_out + (row * HEADS + head) * WIDTH + columns, part, mask=inside)
 
 
@@ -258,8 +271,8 @@ def feed_forward_block(
             states_in, states_out, parts_in, bias_in, norm_weight, norm_bias, row, split == 0,
             columns, inside, WIDTH, PARTS, BLOCK_PARTS, PRE, EPS,
         )  # fmt: skip
-        hidden = tl.maximum(product(expand, expand_bias, inputs, first, lanes, in_lanes), 0.0)
-        part = tl.sum(contract.to(tl.float32) * hidden[None, :], axis=1)
+        hidden = tl.maximum(_linear(expand, expand_bias, inputs, first, lanes, in_lanes), 0.0)
+        part = product(contract, hidden)
         splits = tl.num_programs(1)
         tl.store(parts_out + (row * splits + split) * WIDTH + columns, part, mask=inside)
 
@@ -287,13 +300,13 @@ def read_out(
         inputs = _total(
             states_in, parts_in, bias_in, row, columns, inside, WIDTH, PARTS, BLOCK_PARTS
         )
-        inputs = normalised(inputs, norm_weight, norm_bias, columns, inside, WIDTH, EPS)
+        inputs = _normalised(inputs, norm_weight, norm_bias, columns, inside, WIDTH, EPS)
         highest, weights, token = float("-inf"), 0.0, 0
         for first in tl.static_range(0, TOKENS, BLOCK_TOKENS):
             in_lanes = first + lanes < TOKENS
             if first > 0:
                 rows = tile(weight, first, lanes, in_lanes, columns, inside, WIDTH)
-            logits = product(rows, bias, inputs, first, lanes, in_lanes)
+            logits = _linear(rows, bias, inputs, first, lanes, in_lanes)
             logits = tl.where(in_lanes, logits, float("-inf"))
             best = tl.max(logits, axis=0)
             choice = first + tl.argmax(logits, axis=0)

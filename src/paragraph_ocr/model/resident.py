@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from paragraph_ocr.model.decoder import Decoder, Layer
-from paragraph_ocr.model.kernels import attended, columns_tile, normalised, product, tile
+from paragraph_ocr.model.kernels import attended, columns_tile, product, standardised, tile
 
 _SPLIT = 64
 """Hidden units that one program of a feed-forward block computes."""
@@ -30,26 +30,46 @@ _LAUNCH = {"BLOCK": 256, "num_warps": 8}
 """Cells looked at together, and warps of a program."""
 
 
+_ENDED: tl.constexpr = tl.constexpr(1 << 20)
+"""What a program adds to its stage's count when the text has ended: more than its programs' steps are."""
+
+
 @triton.jit
 @no_type_check
 def _await(arrived, stage, count):
-    """Wait until programs have done a stage `count` times in all."""
-    while tl.atomic_add(arrived + stage, 0, sem="acquire") < count:
-        pass
+    """Return a stage's count once its programs have done it `count` times in all."""
+    done = tl.atomic_add(arrived + stage, 0, sem="acquire")
+    while done < count:
+        done = tl.atomic_add(arrived + stage, 0, sem="acquire")
+    return done
 
 
 @triton.jit
 @no_type_check
-def _arrive(arrived, stage):
-    """Say that this program has done its stage once more."""
+def _arrive(arrived, stage, over):
+    """Say that this program has done its stage once more, and whether the text is over."""
     tl.debug_barrier()  # until all of its threads have written
-    tl.atomic_add(arrived + stage, 1, sem="release")
+    tl.atomic_add(arrived + stage, tl.where(over, _ENDED, 1), sem="release")
+
+
+@triton.jit
+@no_type_check
+def _constants(
+    biases, norm_weights, norm_biases, stage, columns, inside,
+    WIDTH: tl.constexpr, PRE: tl.constexpr,
+):  # fmt: skip
+    """Return the bias of the update before a stage, and weight and bias of the norm of its inputs."""
+    before = tl.maximum(stage - 1, 0)
+    bias = tl.load(biases + before * WIDTH + columns, mask=inside & (stage > 0), other=0.0)
+    norm = (stage if PRE else before) * WIDTH + columns
+    weight = tl.load(norm_weights + norm, mask=inside, other=0.0)
+    return bias, weight, tl.load(norm_biases + norm, mask=inside, other=0.0)
 
 
 @triton.jit
 @no_type_check
 def _stage_inputs(
-    stream, parts, biases, norm_weights, norm_biases, stage, writes, columns, inside,
+    stream, parts, bias, norm_weight, norm_bias, stage, writes, columns, inside,
     WIDTH: tl.constexpr, PARTS: tl.constexpr, MOST: tl.constexpr, BLOCK_MOST: tl.constexpr,
     PRE: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
@@ -58,17 +78,13 @@ def _stage_inputs(
     Before a block (PRE) the norm is for its inputs alone; after one it is part of the stream, and the
     embeddings, before stage 0, have none. One program keeps the stream for the stage after.
     """
-    before, index = stage - 1, tl.arange(0, BLOCK_MOST)
-    later = inside & (stage > 0)
-    place = (before * MOST + index[:, None]) * WIDTH + columns[None, :]
-    update = tl.load(parts + place, mask=(index[:, None] < PARTS) & later[None, :], other=0.0)
+    index = tl.arange(0, BLOCK_MOST)
+    seen = (index[:, None] < PARTS) & inside[None, :] & (stage > 0)
+    place = ((stage - 1) * MOST + index[:, None]) * WIDTH + columns[None, :]
+    update = tl.load(parts + place, mask=seen, other=0.0)
     values = tl.load(stream + stage * WIDTH + columns, mask=inside, other=0.0)
-    values += tl.load(biases + before * WIDTH + columns, mask=later, other=0.0)
-    values += tl.sum(update, axis=0)
-    norm = (stage if PRE else tl.maximum(before, 0)) * WIDTH
-    inputs = normalised(
-        values, norm_weights + norm, norm_biases + norm, columns, inside, WIDTH, EPS
-    )
+    values += bias + tl.sum(update, axis=0)
+    inputs = standardised(values, inside, WIDTH, EPS) * norm_weight + norm_bias
     if not PRE:
         inputs = tl.where(stage > 0, inputs, values)
     if writes:
@@ -80,7 +96,7 @@ def _stage_inputs(
 @no_type_check
 def _attention_stages(
     weight, bias, out_weight, cache, mask,
-    stream, parts, biases, norm_weights, norm_biases, arrived, ended,
+    stream, parts, biases, norm_weights, norm_biases, arrived,
     layer, head, first, steps, scale,
     LAYERS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, HEADS: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr, SPLITS: tl.constexpr, CELLS: tl.constexpr,
@@ -103,31 +119,36 @@ def _attention_stages(
     if SELF:  # after a feed-forward block, or the read-out of the step before
         before = tl.where(layer > 0, stage - 1, 3 * LAYERS)
         parts_before = SPLITS
+    update_bias, norm_weight, norm_bias = _constants(
+        biases, norm_weights, norm_biases, stage, columns, inside, WIDTH, PRE
+    )
+    query_bias = tl.load(bias + start + lanes, mask=in_lanes, other=0.0)
+    if SELF:
+        key_bias = tl.load(bias + WIDTH + start + lanes, mask=in_lanes, other=0.0)
+        value_bias = tl.load(bias + 2 * WIDTH + start + lanes, mask=in_lanes, other=0.0)
     position, going = first, 1
     while going > 0:
         queries = tile(weight, start, lanes, in_lanes, columns, inside, WIDTH)
         outputs = columns_tile(out_weight, start, lanes, in_lanes, columns, inside, WIDTH)
+        expected = (position + 1) * parts_before
         if SELF:
             to_keys = tile(weight, WIDTH + start, lanes, in_lanes, columns, inside, WIDTH)
             to_values = tile(weight, 2 * WIDTH + start, lanes, in_lanes, columns, inside, WIDTH)
-            _await(arrived, before, tl.where(layer > 0, (position + 1) * SPLITS, position))
-        else:
-            _await(arrived, before, (position + 1) * HEADS)
-        alive = tl.load(ended) == 0
-        if alive:
+            expected = tl.where(layer > 0, expected, position)
+        over = _await(arrived, before, expected) >= _ENDED
+        if not over:
             inputs = _stage_inputs(
-                stream, parts, biases, norm_weights, norm_biases, stage, head == 0, columns, inside,
+                stream, parts, update_bias, norm_weight, norm_bias, stage, head == 0, columns, inside,
                 WIDTH, parts_before, MOST, BLOCK_MOST, PRE, EPS,
             )  # fmt: skip
-            query = product(queries, bias, inputs, start, lanes, in_lanes) * scale
+            query = (product(queries, inputs) + query_bias) * scale
             count = CELLS
             # finite: cells before the first that is seen weigh nothing
             most, weights = tl.full([], -1e30, tl.float32), tl.full([], 0.0, tl.float32)
             gathered = tl.zeros([BLOCK_HEAD], dtype=tl.float32)
             if SELF:
-                key = product(to_keys, bias, inputs, WIDTH + start, lanes, in_lanes)
-                value = product(to_values, bias, inputs, 2 * WIDTH + start, lanes, in_lanes)
-                key, value = key.to(cache.dtype.element_ty), value.to(cache.dtype.element_ty)
+                key = (product(to_keys, inputs) + key_bias).to(cache.dtype.element_ty)
+                value = (product(to_values, inputs) + value_bias).to(cache.dtype.element_ty)
                 place = base + position * HEAD + lanes
                 tl.store(cache + place, key, mask=in_lanes)
                 tl.store(values + place, value, mask=in_lanes)
@@ -139,18 +160,18 @@ def _attention_stages(
                 query, cache, values, mask, 0, base, count, lanes, in_lanes, most, weights, gathered,
                 HEAD, CELLS, MASKED, BLOCK,
             )  # fmt: skip
-            part = tl.sum(outputs.to(tl.float32) * gathered[None, :], axis=1)
+            part = product(outputs, gathered)
             tl.store(parts + (stage * MOST + head) * WIDTH + columns, part, mask=inside)
-        _arrive(arrived, stage)
+        _arrive(arrived, stage, over)
         position += 1
-        going = tl.where(alive & (position < first + steps), 1, 0)
+        going = tl.where(over | (position >= first + steps), 0, 1)
 
 
 @triton.jit
 @no_type_check
 def _feed_forward_stages(
     expand_weight, expand_bias, contract_weight,
-    stream, parts, biases, norm_weights, norm_biases, arrived, ended,
+    stream, parts, biases, norm_weights, norm_biases, arrived,
     layer, split, first, steps,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, HEADS: tl.constexpr, HIDDEN: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr, MOST: tl.constexpr, BLOCK_MOST: tl.constexpr, PRE: tl.constexpr,
@@ -158,38 +179,36 @@ def _feed_forward_stages(
 ):  # fmt: skip
     """Do BLOCK_HIDDEN hidden units of a feed-forward block, step after step."""
     columns, lanes = tl.arange(0, BLOCK_WIDTH), tl.arange(0, BLOCK_HIDDEN)
-    start = split * BLOCK_HIDDEN
+    start, stage = split * BLOCK_HIDDEN, 3 * layer + 2
     inside, in_lanes = columns < WIDTH, start + lanes < HIDDEN
-    expand_weight, expand_bias = (
-        expand_weight + layer * HIDDEN * WIDTH,
-        expand_bias + layer * HIDDEN,
-    )
+    expand_weight = expand_weight + layer * HIDDEN * WIDTH
     contract_weight = contract_weight + layer * WIDTH * HIDDEN
-    stage, position, going = 3 * layer + 2, first, 1
+    update_bias, norm_weight, norm_bias = _constants(
+        biases, norm_weights, norm_biases, stage, columns, inside, WIDTH, PRE
+    )
+    hidden_bias = tl.load(expand_bias + layer * HIDDEN + start + lanes, mask=in_lanes, other=0.0)
+    position, going = first, 1
     while going > 0:
         expand = tile(expand_weight, start, lanes, in_lanes, columns, inside, WIDTH)
         contract = columns_tile(contract_weight, start, lanes, in_lanes, columns, inside, HIDDEN)
-        _await(arrived, stage - 1, (position + 1) * HEADS)
-        alive = tl.load(ended) == 0
-        if alive:
+        over = _await(arrived, stage - 1, (position + 1) * HEADS) >= _ENDED
+        if not over:
             inputs = _stage_inputs(
-                stream, parts, biases, norm_weights, norm_biases, stage, split == 0, columns, inside,
+                stream, parts, update_bias, norm_weight, norm_bias, stage, split == 0, columns, inside,
                 WIDTH, HEADS, MOST, BLOCK_MOST, PRE, EPS,
             )  # fmt: skip
-            hidden = product(expand, expand_bias, inputs, start, lanes, in_lanes)
-            hidden = tl.maximum(hidden, 0.0)
-            part = tl.sum(contract.to(tl.float32) * hidden[None, :], axis=1)
+            part = product(contract, tl.maximum(product(expand, inputs) + hidden_bias, 0.0))
             tl.store(parts + (stage * MOST + split) * WIDTH + columns, part, mask=inside)
-        _arrive(arrived, stage)
+        _arrive(arrived, stage, over)
         position += 1
-        going = tl.where(alive & (position < first + steps), 1, 0)
+        going = tl.where(over | (position >= first + steps), 0, 1)
 
 
 @triton.jit
 @no_type_check
 def _read_out_stages(
     weight, bias, embedding, codes, written, scores,
-    stream, parts, biases, norm_weights, norm_biases, arrived, ended,
+    stream, parts, biases, norm_weights, norm_biases, arrived,
     first, steps, root, end, last,
     LAYERS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, SPLITS: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, MOST: tl.constexpr, BLOCK_MOST: tl.constexpr,
@@ -202,31 +221,32 @@ def _read_out_stages(
     columns, lanes = tl.arange(0, BLOCK_WIDTH), tl.arange(0, BLOCK_TOKENS)
     inside, in_lanes = columns < WIDTH, lanes < TOKENS
     stage = 3 * LAYERS
+    update_bias, norm_weight, norm_bias = _constants(
+        biases, norm_weights, norm_biases, stage, columns, inside, WIDTH, PRE
+    )
+    logit_bias = tl.load(bias + lanes, mask=in_lanes, other=float("-inf"))
     position, going = first, 1
     while going > 0:
         rows = tile(weight, 0, lanes, in_lanes, columns, inside, WIDTH)
-        _await(arrived, stage - 1, (position + 1) * SPLITS)
-        going = tl.where(tl.load(ended) == 0, 1, 0)
-        if going > 0:
+        over = _await(arrived, stage - 1, (position + 1) * SPLITS) >= _ENDED
+        if not over:
             inputs = _stage_inputs(
-                stream, parts, biases, norm_weights, norm_biases, stage, False, columns, inside,
+                stream, parts, update_bias, norm_weight, norm_bias, stage, False, columns, inside,
                 WIDTH, SPLITS, MOST, BLOCK_MOST, PRE, EPS,
             )  # fmt: skip
-            logits = product(rows, bias, inputs, 0, lanes, in_lanes)
-            logits = tl.where(in_lanes, logits, float("-inf"))
+            logits = product(rows, inputs) + logit_bias
             token = tl.argmax(logits, axis=0)
             score = -tl.log(tl.sum(tl.exp(logits - tl.max(logits, axis=0)), axis=0))
-            tl.store(written + position, token.to(tl.int64))
-            tl.store(scores + position, score)
             over = (token == end) | (position >= last)
-            tl.store(ended, over.to(tl.int32))
-            more = inside & (position < last)
             begun = tl.load(embedding + token * WIDTH + columns, mask=inside, other=0.0)
+            more = inside & (position < last)
             code = tl.load(codes + (position + 1) * WIDTH + columns, mask=more, other=0.0)
             tl.store(stream + columns, begun.to(tl.float32) * root + code, mask=inside)
-            going = tl.where(over | (position + 1 >= first + steps), 0, 1)
-        _arrive(arrived, stage)
+            tl.store(written + position, token.to(tl.int64))
+            tl.store(scores + position, score)
+        _arrive(arrived, stage, over)
         position += 1
+        going = tl.where(over | (position >= first + steps), 0, 1)
 
 
 @triton.jit(do_not_specialize=["first", "steps", "end", "last"])
@@ -235,7 +255,7 @@ def _read(
     own_weight, own_bias, own_out, cross_weight, cross_bias, cross_out,
     expand_weight, expand_bias, contract_weight, biases, norm_weights, norm_biases,
     read_out, read_out_bias, embedding, codes,
-    pasts, crosses, mask, stream, parts, arrived, ended, written, scores,
+    pasts, crosses, mask, stream, parts, arrived, written, scores,
     first, steps, scale, root, end, last,
     LAYERS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, HEADS: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
@@ -249,14 +269,14 @@ def _read(
     if layer == LAYERS:
         _read_out_stages(
             read_out, read_out_bias, embedding, codes, written, scores,
-            stream, parts, biases, norm_weights, norm_biases, arrived, ended,
+            stream, parts, biases, norm_weights, norm_biases, arrived,
             first, steps, root, end, last,
             LAYERS, WIDTH, BLOCK_WIDTH, SPLITS, TOKENS, BLOCK_TOKENS, MOST, BLOCK_MOST, PRE, EPS,
         )  # fmt: skip
     elif place < HEADS:
         _attention_stages(
             own_weight, own_bias, own_out, pasts, mask,
-            stream, parts, biases, norm_weights, norm_biases, arrived, ended,
+            stream, parts, biases, norm_weights, norm_biases, arrived,
             layer, place, first, steps, scale,
             LAYERS, WIDTH, BLOCK_WIDTH, HEADS, HEAD, BLOCK_HEAD, SPLITS, LENGTH,
             True, False, MOST, BLOCK_MOST, PRE, EPS, BLOCK,
@@ -264,7 +284,7 @@ def _read(
     elif place < 2 * HEADS:
         _attention_stages(
             cross_weight, cross_bias, cross_out, crosses, mask,
-            stream, parts, biases, norm_weights, norm_biases, arrived, ended,
+            stream, parts, biases, norm_weights, norm_biases, arrived,
             layer, place - HEADS, first, steps, scale,
             LAYERS, WIDTH, BLOCK_WIDTH, HEADS, HEAD, BLOCK_HEAD, SPLITS, CELLS,
             False, MASKED, MOST, BLOCK_MOST, PRE, EPS, BLOCK,
@@ -272,7 +292,7 @@ def _read(
     else:
         _feed_forward_stages(
             expand_weight, expand_bias, contract_weight,
-            stream, parts, biases, norm_weights, norm_biases, arrived, ended,
+            stream, parts, biases, norm_weights, norm_biases, arrived,
             layer, place - 2 * HEADS, first, steps,
             WIDTH, BLOCK_WIDTH, HEADS, HIDDEN, BLOCK_HIDDEN, MOST, BLOCK_MOST, PRE, EPS,
         )  # fmt: skip
@@ -326,7 +346,6 @@ class ResidentSteps:
             self._stream = torch.zeros(3 * depth + 1, width)
             self._parts = torch.zeros(3 * depth, most, width)
             self._arrived = torch.zeros(3 * depth + 1, dtype=torch.int32)
-            self._ended = torch.zeros(1, dtype=torch.int32)
             self._written = torch.zeros(1, length, dtype=torch.int64)
             self._scores = torch.zeros(1, length)
         self._constants = {
@@ -369,14 +388,16 @@ class ResidentSteps:
         begun = decoder.embedding.weight[start] * self._root + decoder.positions[0]
         self._stream[0].copy_(begun)
         self._written.fill_(pad)
-        for tensor in (self._scores, self._arrived, self._ended):
+        for tensor in (self._scores, self._arrived):
             tensor.zero_()
         on_gpu = self._device.type == "cuda"
         together = self._length - 1 if on_gpu else 1
         for first in range(0, self._length - 1, together):
+            if not on_gpu and int(self._arrived[-1]) >= _ENDED.value:
+                break
             _read[(self._programs,)](
                 *weights, self._pasts, self._crosses, self._mask, self._stream, self._parts,
-                self._arrived, self._ended, self._written, self._scores,
+                self._arrived, self._written, self._scores,
                 first, together, self._scale, self._root, self._end, self._length - 2,
                 **self._constants, **_LAUNCH, **({"launch_cooperative_grid": True} if on_gpu else {}),
             )  # fmt: skip
