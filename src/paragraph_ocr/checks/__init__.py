@@ -1,0 +1,144 @@
+"""Which values a config may hold: each alone, what must go together, what this machine has."""
+
+import re
+
+from paragraph_ocr.checks.data import check_data, check_files, is_there
+from paragraph_ocr.checks.devices import check_devices
+from paragraph_ocr.checks.values import check_values
+from paragraph_ocr.config import (
+    DecoderConfig,
+    Experiment,
+    GeneratedData,
+    LineCnnModel,
+    TrackingConfig,
+    TransformerModel,
+    VocabularyConfig,
+)
+from paragraph_ocr.errors import UserError
+
+__all__ = ["check_combinations", "check_together", "check_values"]
+
+
+def check_together(experiment: Experiment) -> None:
+    """Check what must go together, whatever the machine."""
+    trainer = experiment.trainer
+    match experiment.model:
+        case TransformerModel(decoder=decoder):
+            _check_decoder(decoder)
+        case LineCnnModel() as model:
+            _check_line_cnn(model, experiment)
+    _check_vocabulary(experiment.vocabulary)
+    if experiment.optimizer.lr == 0:
+        raise UserError("optimizer.lr=0 learns nothing. Pass optimizer.lr=1e-3.")
+    if experiment.decoding.name == "greedy" and experiment.decoding.beam_width != 1:
+        raise UserError(
+            f"decoding.beam_width={experiment.decoding.beam_width} does nothing in greedy decoding. "
+            "Pass decoding=beam."
+        )
+    if trainer.fast_dev_run is not False and trainer.overfit_batches:
+        raise UserError(
+            f"trainer.fast_dev_run={trainer.fast_dev_run} and trainer.overfit_batches="
+            f"{trainer.overfit_batches} exclude each other. Pass trainer.fast_dev_run=false."
+        )
+    if isinstance(trainer.overfit_batches, float) and trainer.overfit_batches > 1:
+        raise UserError(
+            f"trainer.overfit_batches={trainer.overfit_batches} is a share above 1. "
+            f"Pass trainer.overfit_batches={int(trainer.overfit_batches)} for that many batches."
+        )
+    _check_schedule(experiment)
+    check_data(experiment)
+
+
+def check_combinations(experiment: Experiment) -> None:
+    """Check what must go together, and with this machine: its files and devices."""
+    check_together(experiment)
+    weights = experiment.model.weights
+    if weights is not None and not is_there(weights):
+        raise UserError(
+            f"model.weights={weights} does not exist. Pass a run folder or a .safetensors file."
+        )
+    check_files(experiment)
+    _check_tracking(experiment.tracking)
+    check_devices(experiment)
+
+
+def _check_schedule(experiment: Experiment) -> None:
+    """Check that a schedule that comes to an end knows when that is."""
+    name, trainer = experiment.schedule.name, experiment.trainer
+    epochs = trainer.max_epochs == -1 or (
+        trainer.max_epochs is None and trainer.max_time is not None
+    )
+    if trainer.max_steps != -1 or not epochs or name == "constant":
+        return
+    if trainer.max_time is None or name == "one_cycle":
+        limit = "trainer.max_steps" if name == "one_cycle" else "trainer.max_time"
+        raise UserError(
+            f"schedule={name} needs to know when training ends. Pass {limit}=<limit>, or "
+            "schedule=constant."
+        )
+
+
+def _check_tracking(tracking: TrackingConfig) -> None:
+    if tracking.register is not None and not tracking.log_model:
+        raise UserError(
+            f"tracking.register={tracking.register} needs a logged model. Pass tracking.log_model=true."
+        )
+    if tracking.register is not None and not re.fullmatch(r"[\w. -]+", tracking.register):
+        raise UserError(
+            f"tracking.register={tracking.register!r} may hold letters, digits, blanks and ._- alone. "
+            "Pass tracking.register=<name>."
+        )
+    if tracking.log_model and tracking.name == "off":
+        raise UserError("tracking.log_model=true needs MLflow. Pass tracking=mlflow.")
+
+
+def _check_decoder(decoder: DecoderConfig) -> None:
+    if decoder.width % decoder.heads:
+        wider = decoder.heads * (decoder.width // decoder.heads + 1)
+        raise UserError(
+            f"model.decoder.width={decoder.width} is not divisible by model.decoder.heads="
+            f"{decoder.heads}. Pass model.decoder.width={wider}"
+            " or another number of heads."
+        )
+    if decoder.width % 4:
+        wider = decoder.heads * (decoder.width // decoder.heads + 1)
+        raise UserError(
+            f"model.decoder.width={decoder.width} is not divisible by 4, which 2-D sine positions "
+            f"need. Pass model.decoder.width={decoder.width + 4 - decoder.width % 4}."
+        )
+
+
+def _check_line_cnn(model: LineCnnModel, experiment: Experiment) -> None:
+    data = experiment.datamodule
+    for key in ("window_width_px", "window_stride_px"):
+        if (value := getattr(model, key)) % 2:
+            raise UserError(
+                f"model.{key}={value} must be even, because pooling halves the line. "
+                f"Pass model.{key}={value + 1}."
+            )
+    if isinstance(data, GeneratedData) and data.max_lines > 1:
+        raise UserError(
+            f"model=line_cnn reads single lines, and datamodule={data.name} has up to "
+            f"{data.max_lines} on a page. Pass datamodule=synthetic_lines or datamodule=emnist_lines."
+        )
+    if experiment.decoding.name == "beam":
+        raise UserError("decoding=beam does nothing for model=line_cnn. Pass decoding=greedy.")
+
+
+def _check_vocabulary(vocabulary: VocabularyConfig) -> None:
+    characters, replacement = vocabulary.characters, vocabulary.replacement
+    if characters is None and not vocabulary.from_data:
+        raise UserError(
+            "vocabulary.characters=null, and vocabulary.from_data=false does not look for any. "
+            "Pass vocabulary=from_data, or vocabulary=iam."
+        )
+    if vocabulary.unknown == "replace" and len(replacement) != 1:
+        raise UserError(
+            f"vocabulary.replacement={replacement!r} must be a single character. "
+            "Pass vocabulary.replacement=<character>."
+        )
+    if vocabulary.unknown == "replace" and characters is not None and replacement not in characters:
+        raise UserError(
+            f"vocabulary.replacement={replacement!r} is not in vocabulary.characters. Pass one that "
+            "is, or vocabulary.unknown=drop."
+        )
