@@ -165,6 +165,16 @@ def test_a_curriculum_goes_from_stage_to_stage_and_mlflow_draws_it(run_experimen
     assert [step for step, _ in rows] == [2, 5, 8, 11, 14]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_curriculum_of_recorded_steps_takes_its_pages_from_the_card(run_experiment):
+    typed = [*SMALL_CURRICULUM, "model=tiny", "trainer=gpu", "tracking=off", "regularization=scans"]
+    typed += ["datamodule.placement=gpu", "trainer.max_epochs=8", "trainer.deterministic=false"]
+    recorded = run_experiment(*typed).metrics
+    plain = run_experiment(*typed, "trainer.cuda_graphs=false").metrics
+    assert recorded["curriculum/stage"] == plain["curriculum/stage"] == 2
+    assert recorded["val/loss"] == pytest.approx(plain["val/loss"], rel=0.2)
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "debug").glob("*.yaml")))
 def test_every_debug_overlay_runs(run_experiment, name):
     overrides = ["model=tiny", "datamodule=fake", f"debug={name}", "tracking=off"]
