@@ -161,6 +161,12 @@ def test_each_data_module_has_choices_of_its_own(typed, said):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("kind", ["fonts", "texts"])
+def test_what_is_not_fetched_yet_is_told_with_the_command(monkeypatch, tmp_path, kind):
+    monkeypatch.chdir(tmp_path)
+    refuse([f"datamodule.{kind}=outputs/{kind}"], f"Type `python scripts/fetch.py {kind}`")
+
+
 def test_pages_on_a_card_need_a_card(monkeypatch):
     import torch
 

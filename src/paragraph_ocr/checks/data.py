@@ -78,8 +78,13 @@ def _check_files(data: DataConfig) -> None:
     for key in ("root", "fonts", "texts"):
         path = getattr(data, key, None)
         if path is not None and not is_there(path, folder=True):
+            fetched = (
+                f"Type `python scripts/fetch.py {key}`, or pass"
+                if path == f"outputs/{key}"
+                else "Pass"
+            )
             raise UserError(
-                f"datamodule.{key}={path} is not a folder. Pass datamodule.{key}=<folder>."
+                f"datamodule.{key}={path} is not a folder. {fetched} datamodule.{key}=<folder>."
             )
 
 
