@@ -91,7 +91,8 @@ def test_a_row_alone_gets_the_tokens_of_the_plain_loop(monkeypatch, resident, no
 
 
 @torch.no_grad()
-def test_a_row_alone_ends_where_the_plain_loop_ends_it():
+def test_a_row_alone_ends_where_the_plain_loop_ends_it(monkeypatch):
+    monkeypatch.setattr(gpu_steps, "RESIDENT", True)
     lengths = set()
     for seed in range(4):
         decoder = make_decoder(norm="pre", tied=False, seed=seed)

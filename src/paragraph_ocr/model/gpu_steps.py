@@ -25,8 +25,8 @@ from paragraph_ocr.model.resident import ResidentSteps, fits
 FUSED_ROWS = 32
 """Rows up to which each multiplies by the weights itself; for more, cuBLAS is faster."""
 
-RESIDENT = True
-"""Whether one row alone is read by programs that stay on the card."""
+RESIDENT = False
+"""Whether one row alone is read by programs that stay on the card: not before a card has been seen to."""
 
 _LARGEST_TILE = 2**14
 """Weights of a head's projection that a program holds in its registers beside three others."""
