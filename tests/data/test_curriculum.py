@@ -1,6 +1,7 @@
 """Stages of a curriculum, drawn and followed."""
 
 import subprocess
+import threading
 import time
 from collections import Counter
 
@@ -12,7 +13,7 @@ import torch
 from paragraph_ocr import build
 from paragraph_ocr.curriculum import Curriculum, Stage
 from paragraph_ocr.data.corpus import store_path
-from paragraph_ocr.data.curriculum import prepare_beside
+from paragraph_ocr.data.curriculum import CurriculumDataModule, prepare_beside
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.validation import compose, validate
 from small_curriculum import SMALL_CURRICULUM
@@ -142,23 +143,35 @@ def test_what_fails_beside_is_told_where_it_is_needed(small, monkeypatch, tmp_pa
     small._beside = None
 
 
-def test_pages_in_memory_are_opened_ahead_of_their_stage_and_give_the_same_batches(tmp_path):
+def test_pages_in_memory_are_opened_ahead_of_their_stage_and_give_the_same_batches(
+    monkeypatch, tmp_path
+):
     def batches(placement):
         typed = [*SMALL_CURRICULUM, f"datamodule.placement={placement}", "model=tiny"]
         experiment = validate(compose([*typed, f"outputs={tmp_path}"]))
         module = build.build_datamodule(experiment, build.build_vocabulary(experiment))
         module.prepare_data()
         module.setup("fit")
-        seen, ahead = [], []
+        opened, seen = [], []
+        monkeypatch.setattr(type(module), "_open", watched(opened))
         for stage in range(3):
             module.reached.stage = stage
             seen += module.train_dataloader()
-            ahead.append(sorted(module._ahead.opened()) if module._ahead is not None else [])
         module.teardown("fit")
-        return seen, ahead
+        return seen, opened
 
-    (plain, none), (kept, ahead) = batches("disk"), batches("host")
-    assert none == [[], [], []] and ahead == [["two_lines"], ["pages"], []]
+    def watched(opened):
+        def open_it(module, name):
+            opened.append((name, threading.current_thread() is threading.main_thread()))
+            return plain_open(module, name)
+
+        return open_it
+
+    plain_open = CurriculumDataModule._open
+    (plain, now), (kept, ahead) = batches("disk"), batches("host")
+    names = "one_line", "two_lines", "pages"
+    assert now == [(name, True) for name in names]
+    assert ahead == [(name, False) for name in names]
     assert len(plain) == len(kept) == 9
     for one, other in zip(plain, kept, strict=True):
         assert torch.equal(one.images, other.images) and torch.equal(one.tokens, other.tokens)

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +106,13 @@ class CurriculumDataModule(pl.LightningDataModule):
 
     def lengths(self) -> dict[str, int]:
         """Return how many paragraphs each corpus of the stages so far has, made ready if need be."""
+        stages = self.curriculum.stages
+        if self._ahead is None and self.pages.placement != "disk":
+            later = [name for name in self._names(len(stages)) if name not in self._ready]
+            self._ahead = _Ahead(later, self._open_once_there, device=self.pages.device)
         for name in self._names(self.reached.stage + 1):
             if name not in self._ready:
                 self._make_ready(name)
-        later = [name for name in self._names(self.reached.stage + 2) if name not in self._ready]
-        if later and self._ahead is None and self.pages.placement != "disk":
-            self._ahead = _Ahead(later, self._open_once_there, device=self.pages.device)
         return {name: len(self.corpora[name].train) for name in self._ready}
 
     def _names(self, num_stages: int) -> list[str]:
@@ -122,16 +123,15 @@ class CurriculumDataModule(pl.LightningDataModule):
     def _make_ready(self, name: str) -> None:
         """Have a corpus to train on, opened ahead or now, once its store is there."""
         began = time.monotonic()
-        opened = self._ahead.opened() if self._ahead is not None else {}
-        self._ahead = None
-        self._ready |= opened
-        if name not in self._ready:
+        corpus = self._ahead.take(name) if self._ahead is not None else None
+        if corpus is None:
             while not self._is_there(name) and self._is_being_made():
                 time.sleep(0.05)
             if not self._is_there(name):
                 # the process beside has failed; here its reason is seen
                 self.corpora[name].prepare_data()
-            self._ready[name] = self._open(name)
+            corpus = self._open(name)
+        self._ready[name] = corpus
         if (waited := time.monotonic() - began) > 1:
             console.warn(f"curriculum: training has waited {waited:.0f} s for the pages of {name}.")
 
@@ -152,7 +152,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         while not self._is_there(name):
             if not self._is_being_made() or unwanted.wait(0.1):
                 return None
-        return self._open(name)
+        return None if unwanted.is_set() else self._open(name)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where in the curriculum the training stands, and in what."""
@@ -205,7 +205,7 @@ def _ends(stage: Stage) -> Iterator[str]:
 
 
 class _Ahead:
-    """A thread that opens the corpora of the next stage while this one is trained on.
+    """A thread that opens corpora one after the other, while others are trained on.
 
     Pages on a card are copied on a stream of the thread's own: the training's is full of steps.
     """
@@ -217,29 +217,30 @@ class _Ahead:
         *,
         device: torch.device,
     ) -> None:
-        self._names, self._open, self._device = names, open_once_there, device
-        self._opened: dict[str, Dataset[Batch]] = {}
+        self._open_once_there = open_once_there
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._unwanted = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._corpora: dict[str, Future[Dataset[Batch] | None]] = {n: Future() for n in names}
+        # of a training that fails nobody waits for it
+        self._thread = threading.Thread(target=self._work, args=[dict(self._corpora)], daemon=True)
         self._thread.start()
 
-    def _work(self) -> None:
-        on_card = self._device.type == "cuda"
-        stream = torch.cuda.Stream(self._device) if on_card else None
-        # whatever goes wrong here is seen where the pages are needed
-        with torch.cuda.stream(stream), suppress(Exception):
-            for name in self._names:
-                corpus = self._open(name, self._unwanted)
-                if corpus is None:
-                    return
-                if stream is not None:
-                    stream.synchronize()
-                self._opened[name] = corpus
+    def _work(self, asked: Mapping[str, "Future[Dataset[Batch] | None]"]) -> None:
+        with torch.cuda.stream(self._stream):
+            for name, future in asked.items():
+                try:
+                    corpus = self._open_once_there(name, self._unwanted)
+                    if self._stream is not None:
+                        self._stream.synchronize()
+                except Exception as error:  # told where the corpus is opened then
+                    future.set_exception(error)
+                else:
+                    future.set_result(corpus)
 
-    def opened(self) -> dict[str, Dataset[Batch]]:
-        """Return what could be opened, once the thread has done what it can."""
-        self._thread.join()
-        return self._opened
+    def take(self, name: str) -> Dataset[Batch] | None:
+        """Return a corpus once it is open; None if it was not asked for, or could not be opened."""
+        asked = self._corpora.pop(name, None)
+        return asked.result() if asked is not None and asked.exception() is None else None
 
     def give_up(self) -> None:
         self._unwanted.set()

@@ -61,13 +61,20 @@ class PlacedDataset(Dataset[Batch]):
             torch.empty(canvas_of.count(index), *canvas, dtype=torch.uint8, device=device)
             for index, canvas in enumerate(self._canvases)
         ]
-        labels, sizes, rows = [], [], []
-        for position, item in enumerate(_every_item(dataset)):
-            pages = self._pages[self._canvas_of[position]]
-            pages[self._place[position]].copy_(torch.from_numpy(item.image))
-            labels.append(item.tokens)
-            sizes.append(item.size)
-            rows.append(item.row)
+        labels: list[list[int]] = []
+        sizes: list[tuple[int, int]] = []
+        rows: list[int] = []
+        for items in _read_together(dataset):
+            here = slice(len(rows), len(rows) + len(items))
+            for index in set(self._canvas_of[here].tolist()):
+                chosen = np.flatnonzero(self._canvas_of[here] == index)
+                first = int(self._place[here][chosen[0]])
+                # one copy: to a card, a page by itself takes about as long
+                together = torch.from_numpy(np.stack([items[i].image for i in chosen]))
+                self._pages[index][first : first + len(chosen)].copy_(together)
+            labels += [item.tokens for item in items]
+            sizes += [item.size for item in items]
+            rows += [item.row for item in items]
         self._lengths, self._sizes = np.array([*map(len, labels)]), np.array(sizes)
         longest = padding.length(int(self._lengths.max()))
         tokens = np.full((len(labels), longest), Vocabulary.pad, np.int32)
@@ -176,9 +183,9 @@ def free_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return min(free, max(0, limit - used + int(stat.get("inactive_file", 0))))
 
 
-def _every_item(dataset: ParagraphDataset | HeldDataset) -> Iterable[Item]:
-    """Yield the items in order, unpacked by a few threads: zlib lets go of Python meanwhile."""
+def _read_together(dataset: ParagraphDataset | HeldDataset) -> Iterable[list[Item]]:
+    """Yield the items in order, some at a time, unpacked by threads: zlib lets go of Python meanwhile."""
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
         for start in range(0, len(dataset), _READ_TOGETHER):
             together = range(start, min(start + _READ_TOGETHER, len(dataset)))
-            yield from threads.map(dataset.__getitem__, together)
+            yield list(threads.map(dataset.__getitem__, together))
