@@ -69,7 +69,7 @@ class PlacedDataset(Dataset[Batch]):
             for index in set(self._canvas_of[here].tolist()):
                 chosen = np.flatnonzero(self._canvas_of[here] == index)
                 first = int(self._place[here][chosen[0]])
-                # one copy: to a card, a page by itself takes about as long
+                # one copy instead of many, each of which would wait for a card
                 together = torch.from_numpy(np.stack([items[i].image for i in chosen]))
                 self._pages[index][first : first + len(chosen)].copy_(together)
             labels += [item.tokens for item in items]
