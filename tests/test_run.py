@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from paragraph_ocr.config import Experiment
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.quantised import restore
-from paragraph_ocr.run import RELEASE, folder_name, make_folder
+from paragraph_ocr.run import RELEASE, folder_name, make_folder, run
 from paragraph_ocr.validation import CONF, compose, validate
 from small_curriculum import FEW_STAGES, INSTALLED, RECIPES, SMALL_CURRICULUM
 
@@ -126,6 +126,16 @@ def test_what_is_released_is_what_was_tested(run_experiment):
     rounded = restore(load_file(released / "best.safetensors"))
     apart = [not torch.equal(rounded[name], weight) for name, weight in unrounded.items()]
     assert any(apart) and not all(apart)
+
+
+def test_a_run_that_goes_further_releases_anew(run_experiment):
+    typed = ["model=tiny", "datamodule=fake", "debug=ci", "release=true", "tracking=off"]
+    first = run_experiment(*typed)
+    metrics = first.folder / RELEASE / "metrics.json"
+    before = json.loads(metrics.read_text())
+    further = [f"resume={first.folder}", "trainer.max_steps=6", "trainer.max_epochs=3"]
+    assert run(validate(compose(further)), overrides=further).folder == first.folder
+    assert json.loads(metrics.read_text())["train/loss"] != before["train/loss"]
 
 
 @pytest.mark.parametrize("name", ["iam_finetune", "iam_from_scratch"])

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -477,6 +478,7 @@ def _release(folder: Path, metrics: Mapping[str, float], *, run: str) -> None:
     from paragraph_ocr.reading.release import release
 
     target = folder / RELEASE
+    shutil.rmtree(target, ignore_errors=True)  # of a run that has gone further since
     release(Recognizer.load(folder, device="cpu"), target, metrics=metrics, run=run)
     console.say(f"read with it   python scripts/read.py checkpoint={target} image=<scan>")
 
