@@ -1,6 +1,5 @@
 """From an experiment to its parts: the only place that knows both config and objects."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -42,6 +41,7 @@ from paragraph_ocr.data.emnist import EmnistCorpus, EmnistLinesCorpus
 from paragraph_ocr.data.fake import FakeCorpus
 from paragraph_ocr.data.folder import FolderCorpus
 from paragraph_ocr.data.iam import LINE_CANVAS, IamCorpus
+from paragraph_ocr.data.parallel import cores
 from paragraph_ocr.data.stacked import Stacking
 from paragraph_ocr.data.store import Store
 from paragraph_ocr.data.synthetic import SyntheticCorpus
@@ -84,7 +84,7 @@ def build_vocabulary(
     config = experiment.vocabulary
     if config.characters is None:
         corpus = build_corpus(experiment.datamodule, WRITABLE, seed=experiment.seed)
-        workers = os.cpu_count() or 1
+        workers = cores()
         store = Store(corpus.prepare(_stores(experiment), num_workers=workers, progress=progress))
         texts = [store.texts[row] for row in store.rows("train")]
         texts += [config.replacement] if config.unknown == "replace" else []

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from paragraph_ocr import build, console
 from paragraph_ocr.config import Experiment, GeneratedData
+from paragraph_ocr.data.parallel import cores
 from paragraph_ocr.data.store import Store
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.reading.checkpoint import DEFAULT, Checkpoint, find_checkpoint
@@ -232,7 +232,7 @@ def _model(named: str, options: Options, overrides: Sequence[str]) -> _Model:
     corpus = build.build_corpus(experiment.datamodule, characters, seed=experiment.seed)
     root = Path(experiment.outputs) / "data"
     with console.progress("prepare") as progress:
-        store = Store(corpus.prepare(root, num_workers=os.cpu_count() or 1, progress=progress))
+        store = Store(corpus.prepare(root, num_workers=cores(), progress=progress))
     # lines that training stacks to paragraphs lie in the same store, on a canvas of their own
     canvas_of_data = (experiment.datamodule.height, experiment.datamodule.width)
     rows = store.rows(options.split)

@@ -16,6 +16,7 @@ from pathlib import Path
 from paragraph_ocr import console, timeline
 from paragraph_ocr.benchmark.options import StartOptions
 from paragraph_ocr.benchmark.table import Report, Row, Spread, environment
+from paragraph_ocr.data.parallel import cores
 from paragraph_ocr.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -47,7 +48,7 @@ def benchmark(options: StartOptions) -> Report:
     import torch  # not before the last start was timed
 
     gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if gpu else f"CPU ({os.cpu_count()} cores)"
+    device = torch.cuda.get_device_name() if gpu else f"CPU ({cores()} cores)"
     return Report("start", options, environment(device), rows)
 
 

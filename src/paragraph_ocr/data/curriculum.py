@@ -22,6 +22,7 @@ from paragraph_ocr.batch import Batch
 from paragraph_ocr.curriculum import Curriculum, Reached, Stage
 from paragraph_ocr.data.corpus import Corpus, store_path
 from paragraph_ocr.data.datamodule import ParagraphDataModule
+from paragraph_ocr.data.parallel import cores
 from paragraph_ocr.errors import UserError
 
 
@@ -312,4 +313,4 @@ def _prepare_all() -> None:
             sys.exit()
 
     for corpus in corpora:
-        corpus.prepare(root, num_workers=max(1, (os.cpu_count() or 1) - 1), progress=watch)
+        corpus.prepare(root, num_workers=max(1, cores() - 1), progress=watch)

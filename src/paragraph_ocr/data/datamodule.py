@@ -1,7 +1,6 @@
 """A corpus as Lightning loads it: prepared once, shuffled reproducibly, or held to a few batches."""
 
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from paragraph_ocr.batch import Batch
 from paragraph_ocr.data.augment import Strengths
 from paragraph_ocr.data.corpus import Corpus
 from paragraph_ocr.data.dataset import BatchDataset, HeldDataset, LabelPadding, ParagraphDataset
+from paragraph_ocr.data.parallel import cores
 from paragraph_ocr.data.placed import PlacedDataset, require_room
 from paragraph_ocr.data.stacked import StackedDataset, Stacking
 from paragraph_ocr.data.store import Store
@@ -167,7 +167,7 @@ class ParagraphDataModule(pl.LightningDataModule):
         """Make the store, on all cores, unless it is there."""
         # a worker of somebody's pool (Hydra's joblib launcher) cannot start workers of its own
         alone = multiprocessing.parent_process() is not None
-        workers = 0 if alone else os.cpu_count() or 1
+        workers = 0 if alone else cores()
         self.corpus.prepare(self.root, num_workers=workers, progress=self._progress)
 
     def setup(self, stage: str | None = None) -> None:

@@ -18,6 +18,13 @@ _CHUNK = 16  # items a task: a tenth of a second of rendering
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
+def cores() -> int:
+    """Return how many cores this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def in_order(
     work: Callable[[T], R], items: Iterable[T], *, num_workers: int, chunk: int = _CHUNK
 ) -> Iterator[R]:

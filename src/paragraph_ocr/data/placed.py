@@ -1,6 +1,5 @@
 """Paragraphs unpacked once and kept in memory, this host's or the card's, where batches are gathered."""
 
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
@@ -20,6 +19,7 @@ from paragraph_ocr.data.dataset import (
     LabelPadding,
     ParagraphDataset,
 )
+from paragraph_ocr.data.parallel import cores
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.vocabulary import Vocabulary
 
@@ -185,7 +185,7 @@ def free_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 def _read_together(dataset: ParagraphDataset | HeldDataset) -> Iterable[list[Item]]:
     """Yield the items in order, some at a time, unpacked by threads: zlib lets go of Python meanwhile."""
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(min(_THREADS, cores())) as threads:
         for start in range(0, len(dataset), _READ_TOGETHER):
             together = range(start, min(start + _READ_TOGETHER, len(dataset)))
             yield list(threads.map(dataset.__getitem__, together))

@@ -6,7 +6,6 @@
 Nothing of Lightning, Hydra, Optuna or MLflow is imported here.
 """
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +23,7 @@ from paragraph_ocr.build_model import (
     vocabulary_from,
 )
 from paragraph_ocr.config import Experiment, TransformerModel
+from paragraph_ocr.data.parallel import cores
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.model.generate import Beam, Greedy, Reading
 from paragraph_ocr.model.reader import Reader
@@ -143,7 +143,7 @@ class Recognizer:
         """
         remaining = iter(images)
         waiting: deque[Future[Prepared | Refusal]] = deque()
-        threads = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
+        threads = ThreadPoolExecutor(min(_THREADS, cores()))
         try:
             while True:
                 while len(waiting) < 3 * batch_size:
