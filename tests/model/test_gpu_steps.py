@@ -1,11 +1,7 @@
 """Reading by Triton kernels, on a GPU if there is one, else in Triton's interpreter."""
 
 import gc
-import os
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -66,48 +62,6 @@ def test_the_kernels_write_the_tokens_of_the_plain_loop(monkeypatch, fused, norm
     assert written[:, :7].tolist() == expected.tolist()
     assert torch.allclose(scores[:, :7], expected_scores, atol=1e-4)
     assert len(expected.unique()) > 1, "the texts should differ"
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("resident", [True, False])
-@pytest.mark.parametrize(
-    ("norm", "masked", "depth"), [("pre", True, 2), ("post", False, 1), ("post", True, 2)]
-)
-def test_a_row_alone_gets_the_tokens_of_the_plain_loop(monkeypatch, resident, norm, masked, depth):
-    monkeypatch.setattr(gpu_steps, "RESIDENT", resident)
-    decoder = make_decoder(norm=norm, tied=masked, depth=depth, feed_forward=100, seed=3)
-    kinds = []
-    for cells in (9, 4):
-        memory = torch.randn(1, 9, decoder.width, device=DEVICE)
-        mask = (torch.arange(9, device=DEVICE) < cells)[None] if masked else None
-        written, scores = gpu_steps.read_greedily(
-            decoder, memory, mask, start=SPECIAL.start, end=None, pad=SPECIAL.pad, max_length=8
-        )
-        expected, expected_scores = plain(decoder, memory, mask, 8)
-        assert written[:, :7].tolist() == expected.tolist()
-        assert torch.allclose(scores[:, :7], expected_scores, atol=1e-4)
-        kinds.append(len(expected.unique()))
-    assert max(kinds) > 1, "a text should not repeat one token"
-
-
-@torch.no_grad()
-def test_a_row_alone_ends_where_the_plain_loop_ends_it(monkeypatch):
-    monkeypatch.setattr(gpu_steps, "RESIDENT", True)
-    lengths = set()
-    for seed in range(4):
-        decoder = make_decoder(norm="pre", tied=False, seed=seed)
-        decoder.bias.data[SPECIAL.end] = 1.0
-        memory = torch.randn(1, 5, decoder.width, device=DEVICE)
-        ending = {"start": SPECIAL.start, "end": SPECIAL.end, "pad": SPECIAL.pad, "max_length": 8}
-        written, scores = gpu_steps.read_greedily(decoder, memory, None, **ending)
-        expected, expected_scores = plain(decoder, memory, None, 8)
-        tokens = expected[0].tolist()
-        length = tokens.index(SPECIAL.end) + 1 if SPECIAL.end in tokens else 7
-        assert written[0, :7].tolist() == tokens[:length] + [SPECIAL.pad] * (7 - length)
-        assert torch.allclose(scores[0, :length], expected_scores[0, :length], atol=1e-4)
-        assert not scores[0, length:].any()
-        lengths.add(length)
-    assert len(lengths) > 1, "the texts should end at different steps"
 
 
 @torch.no_grad()
@@ -186,14 +140,3 @@ def test_a_decoder_that_is_gone_takes_its_recordings_with_it():
     del decoder
     gc.collect()
     assert recorded() is None
-
-
-def test_the_kernel_of_one_row_compiles_for_gpus_that_are_not_here(tmp_path):
-    script = Path(__file__).with_name("compile_resident.py")
-    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, script, "90"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) <= 64 * 1024

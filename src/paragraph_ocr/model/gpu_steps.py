@@ -20,13 +20,9 @@ from torch import Tensor, nn
 from paragraph_ocr.cuda_graph import recording
 from paragraph_ocr.model import kernels
 from paragraph_ocr.model.decoder import Decoder, Layer
-from paragraph_ocr.model.resident import ResidentSteps, fits
 
 FUSED_ROWS = 32
 """Rows up to which each multiplies by the weights itself; for more, cuBLAS is faster."""
-
-RESIDENT = False
-"""Whether one row alone is read by programs that stay on the card: not before a card has been seen to."""
 
 _LARGEST_TILE = 2**14
 """Weights of a head's projection that a program holds in its registers beside three others."""
@@ -58,9 +54,7 @@ class Size(NamedTuple):
     device: torch.device
 
 
-_recorded: WeakKeyDictionary[Decoder, OrderedDict[Size, "Steps | ResidentSteps"]] = (
-    WeakKeyDictionary()
-)
+_recorded: WeakKeyDictionary[Decoder, OrderedDict[Size, "Steps"]] = WeakKeyDictionary()
 
 
 def read_greedily(
@@ -95,18 +89,9 @@ def read_greedily(
         if size not in recorded:
             while len(recorded) >= _KEPT:
                 recorded.popitem(last=False)
-            recorded[size] = _steps(decoder, size)
+            recorded[size] = Steps(decoder, size)
         recorded.move_to_end(size)
         return recorded[size].read(decoder, memory, memory_mask, start=start, pad=pad)
-
-
-def _steps(decoder: Decoder, size: Size) -> "Steps | ResidentSteps":
-    if size.rows == 1 and RESIDENT and _fits_registers(decoder) and fits(decoder, size.device):
-        return ResidentSteps(
-            decoder, cells=size.cells, masked=size.masked, length=size.length, end=size.end,
-            dtype=size.dtype, device=size.device,
-        )  # fmt: skip
-    return Steps(decoder, size)
 
 
 def _fits_registers(decoder: Decoder) -> bool:
