@@ -97,6 +97,7 @@ class RenderedData(GeneratedData):
     held_out: list[str] = field(default_factory=list)
     texts: str | None = None
     random_share: float = MISSING
+    test_random_share: float | None = None
     jitter: float = 0.0
     pressure: float = 0.0
     joined: float = 0.0

@@ -47,6 +47,7 @@ def test_every_field_that_changes_the_paragraphs_changes_the_path(few_notes, noi
     others = {
         "texts": tmp_path,
         "random_share": 0.5,
+        "test_random_share": 0.0,
         "seed": 1,
         "characters": few_notes.characters[1:],
         "held_out": ("Zeyada",),

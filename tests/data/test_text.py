@@ -122,3 +122,16 @@ def test_the_share_of_random_words_is_as_promised(tmp_path, share):
     real = np.mean([word in ("Zyzzogeton", "x") for word in words])
     # some random words are words of the text out of place
     assert 1 - share - 0.06 < real <= 1 - share * 0.4 + 0.06
+
+
+def test_validation_and_test_can_do_without_random_words(tmp_path):
+    for name in "abcd":
+        (tmp_path / f"{name}.txt").write_text("Zyzzogeton " * 100)
+    passages = Passages(tmp_path, characters=LETTERS, random_share=0.5, test_random_share=0.0)
+    generator = np.random.default_rng(0)
+    kinds = {
+        split: {*passages.draw(generator, split, length=600, minimum=100, maximum=680)}
+        for split in ("train", "val", "test")
+    }
+    assert all("Zyzzogeton".startswith(word) for word in kinds["val"] | kinds["test"])
+    assert len(kinds["train"]) > 3

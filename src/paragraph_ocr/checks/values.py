@@ -50,6 +50,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "datamodule.num_val": (1, 100_000_000),
     "datamodule.num_test": (1, 100_000_000),
     "datamodule.random_share": (0, 1),
+    "datamodule.test_random_share": (0, 1),
     "datamodule.jitter": (0, 2),
     "datamodule.pressure": (0, 1),
     "datamodule.joined": (0, 1),

@@ -33,6 +33,8 @@ class SyntheticCorpus(GeneratedCorpus):
     fonts: Path | None
     texts: Path | None
     random_share: float
+    test_random_share: float | None = None
+    """Of validation and test; None stands for `random_share`."""
     held_out: tuple[str, ...] = ()
     jitter: float = 0.0
     """How much each letter differs from others of its kind; 1 is a careless hand."""
@@ -67,7 +69,12 @@ class SyntheticCorpus(GeneratedCorpus):
 
     def maker(self) -> Maker:
         faces_of = self._faces()
-        passages = Passages(self.texts, characters=self.characters, random_share=self.random_share)
+        passages = Passages(
+            self.texts,
+            characters=self.characters,
+            random_share=self.random_share,
+            test_random_share=self.test_random_share,
+        )
 
         def make(generator: np.random.Generator, split: str) -> Paragraph:
             words = self._words(passages.draw, generator, split)

@@ -152,14 +152,23 @@ class Passages:
 
     `random_share` is the share of words that are random: words of the split out of context, letters
     that spell nothing, numbers, signs and capitals; without them a decoder merely learns English.
+    Validation and test may have a share of their own.
     """
 
-    def __init__(self, texts: Path | None, *, characters: str, random_share: float) -> None:
+    def __init__(
+        self,
+        texts: Path | None,
+        *,
+        characters: str,
+        random_share: float,
+        test_random_share: float | None = None,
+    ) -> None:
         documents = shakespeare() if texts is None else folder(texts)
         self._words = split_documents(documents, characters)
         self._vocabularies = {split: sorted(set(words)) for split, words in self._words.items()}
         self._characters = "".join(c for c in characters if not c.isspace())
-        self._random_share = random_share
+        tested = random_share if test_random_share is None else test_random_share
+        self._random_share = {"train": random_share, "val": tested, "test": tested}
 
     def draw(
         self, generator: np.random.Generator, split: str, *, length: int, minimum: int, maximum: int
@@ -187,7 +196,7 @@ class Passages:
         place = int(generator.integers(len(real)))
         while True:
             run = int(generator.integers(3, 9))
-            if generator.random() < self._random_share:
+            if generator.random() < self._random_share[split]:
                 yield from (self._random_word(generator, split) for _ in range(run))
             else:
                 yield from (real[(place + step) % len(real)] for step in range(run))
