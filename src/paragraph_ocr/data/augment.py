@@ -126,10 +126,12 @@ class Augment(nn.Module):
         if strengths.stains:
             pages = torch.maximum(pages, _stains(pages, coarse, strengths.stains))
         if strengths.paper:
-            texture = _field(pages, coarse) * 0.5 + _field(pages, fine) * 0.3 + 0.3
+            rough = _field(pages, coarse) * 0.5 + 0.3
+            texture = torch.add(rough, _field(pages, fine), alpha=0.3)
             pages = torch.maximum(pages, strengths.paper * _uniform(pages) * texture.clamp(0, 1))
         if strengths.noise:
-            pages = pages + strengths.noise * _uniform(pages) * torch.randn_like(pages)
+            most = strengths.noise * _uniform(pages)
+            pages = torch.addcmul(pages, most, torch.randn_like(pages))
         if black_and_white is not None:
             chosen = _uniform(pages) < strengths.threshold
             pages = torch.where(chosen, black_and_white.to(pages.dtype), pages)
@@ -148,20 +150,25 @@ class Augment(nn.Module):
         canvas = torch.cat([pages.new_full((1,), side) for side in (width, height)])
         half = (canvas.expand(len(pages), 2) if sizes is None else sizes.flip(1)) / 2
         view = _keep_ink(pages, self._view(pages, half), half, reach=1 + self._elastic_reach)
-        xs = torch.arange(width, device=pages.device) + 0.5
-        ys = torch.arange(height, device=pages.device) + 0.5
-        places = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1)
-        from_shift = places - (half + view.shift)[:, None, None]
-        depth = 1 + (from_shift * view.tilt[:, None, None]).sum(dim=-1, keepdim=True)
-        grid = (from_shift.unsqueeze(-2) * view.back[:, None, None]).sum(dim=-1) / depth
+        middle = half + view.shift
+        across = torch.arange(width, device=pages.device) + 0.5 - middle[:, :1]
+        down = torch.arange(height, device=pages.device) + 0.5 - middle[:, 1:]
+
+        def places(factors: Float[Tensor, "B n 2"]) -> Float[Tensor, "B n H W"]:
+            """Return factors @ (across, down): a whole page only where the two meet."""
+            columns, rows = factors[:, :, :1] * across[:, None], factors[:, :, 1:] * down[:, None]
+            return columns[:, :, None] + rows[..., None]
+
+        grid = places(view.back) / (1 + places(view.tilt[:, None]))
         for strength, curves in (
             (self.strengths.elastic_px, coarse),
             (self.strengths.tremor_px, fine),
         ):
             if strength:
-                moved = strength * _uniform(pages) * _field(pages, curves, 2)
-                grid = grid + moved.permute(0, 2, 3, 1)
-        return (grid + half[:, None, None]) / (canvas / 2) - 1
+                grid = torch.addcmul(grid, strength * _uniform(pages), _field(pages, curves, 2))
+        scale = 2 / canvas
+        grid = grid * scale[:, None, None] + (half * scale - 1)[:, :, None, None]
+        return grid.permute(0, 2, 3, 1)
 
     @property
     def _elastic_reach(self) -> float:
@@ -365,11 +372,10 @@ def _as_large(small: Tensor, factor: int, pages: Float[Tensor, "B 1 H W"]) -> Te
 def _pen(pages: Float[Tensor, "B 1 H W"], pen_px: float) -> Float[Tensor, "B 1 H W"]:
     """Return strokes broader or finer by up to pen_px, half of the pages each."""
     reach = math.ceil(pen_px)
-    broad = F.max_pool2d(pages, 2 * reach + 1, stride=1, padding=reach)
-    fine = -F.max_pool2d(-pages, 2 * reach + 1, stride=1, padding=reach)
     amount = 0.5 * pen_px / reach * _uniform(pages)
-    broader = _uniform(pages) < 0.5
-    return torch.where(broader, _mix(pages, broad, amount), _mix(pages, fine, amount))
+    sign = torch.where(_uniform(pages) < 0.5, 1.0, -1.0)  # strokes are finer where paper is broader
+    extreme = F.max_pool2d(sign * pages, 2 * reach + 1, stride=1, padding=reach)
+    return _mix(pages, sign * extreme, amount)
 
 
 def _blur(pages: Tensor, deviation_px: float) -> Tensor:
@@ -381,7 +387,7 @@ def _blur(pages: Tensor, deviation_px: float) -> Tensor:
         shifted = [padded.narrow(axis, first, length) for first in range(2 * reach + 1)]
         total = shifted[0] * (weights[0] / sum(weights))
         for page, weight in zip(shifted[1:], weights[1:], strict=True):
-            total = total + page * (weight / sum(weights))
+            total = torch.add(total, page, alpha=weight / sum(weights))
         pages = total
     return pages
 
@@ -392,4 +398,4 @@ def _uniform(pages: Tensor) -> Tensor:
 
 
 def _mix(pages: Tensor, others: Tensor, share: Tensor) -> Tensor:
-    return pages + share * (others - pages)
+    return torch.lerp(pages, others, share)
