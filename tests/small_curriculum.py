@@ -24,7 +24,7 @@ _RENDERED = ["trainer=cpu", "datamodule.placement=disk", *INSTALLED]
 
 RECIPES = {
     "ten_minutes": _RENDERED,
-    "one_hour": _RENDERED,
+    "one_hour": [*_RENDERED, "trainer.compile=false"],
     "ablation": _RENDERED,
     "iam_finetune": ["datamodule.root=tests", "model.weights=null"],
     "iam_from_scratch": ["datamodule.root=tests"],

@@ -143,7 +143,7 @@ def build_learner(experiment: Experiment, recognizer: Reader, vocabulary: Vocabu
         num_samples=experiment.tracking.num_samples,
         ema=regularization.ema,
         compile=trainer.compile,
-        sizes_vary=bool(experiment.curriculum.stages),
+        canvases_vary=bool(experiment.curriculum.stages),
         # scaling would have to be part of the graph; so would the talk of several processes
         cuda_graphs=trainer.cuda_graphs
         and num_processes(trainer) == 1

@@ -46,8 +46,8 @@ class Learner(pl.LightningModule):
         num_samples: paragraphs of each validation kept in `samples`.
         ema: share of the averaged weights that an optimizer step keeps; they are what validation reads
             with and what is kept. 0 keeps no average.
-        compile: augmentation and teacher-forced pass by torch.compile.
-        sizes_vary: pages come on many canvases: compile the pass once for all of them.
+        compile: augmentation and teacher-forced pass in training by torch.compile.
+        canvases_vary: see `Reader.compiled`.
         cuda_graphs: record the training step as CUDA graphs (one process, no loss scaling).
         on_not_finite: told the number of an optimizer step whose gradients are not finite, which then
             changes nothing; None does not look, because looking waits for a GPU.
@@ -70,7 +70,7 @@ class Learner(pl.LightningModule):
         ema: float = 0.0,
         on_not_finite: Callable[[int], None] | None = None,
         compile: bool = False,
-        sizes_vary: bool = False,
+        canvases_vary: bool = False,
         cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
@@ -92,8 +92,8 @@ class Learner(pl.LightningModule):
         self._predict: Callable[..., Tensor] = recognizer.forward
         self._augmented: Callable[..., Tensor] = augment
         if compile:
-            self._predict = torch.compile(recognizer.forward, dynamic=True if sizes_vary else None)
-            self._augmented = torch.compile(augment)
+            self._predict = recognizer.compiled(canvases_vary=canvases_vary)
+            self._augmented = torch.compile(augment, dynamic=False if canvases_vary else None)
         self._training_loss: Callable[..., tuple[Tensor, Tensor]] = (
             RecordedLoss(self._loss, recognizer, pad=vocabulary.pad, longest=max_length)
             if cuda_graphs
@@ -233,8 +233,8 @@ class Learner(pl.LightningModule):
         return [self.vocabulary.decode(reading.tokens) for reading in readings]
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
-        predict = self._predict if self.average is None else self.kept.forward
-        logits = predict(batch.images, batch.tokens[:, :-1], batch.sizes)
+        # not compiled, which for so little would not pay
+        logits = self.kept.forward(batch.images, batch.tokens[:, :-1], batch.sizes)
         loss, count = self.recognizer.loss(logits, batch.tokens[:, 1:], label_smoothing=0.0)
         self.losses[stage].update(loss, count)
         truths = [self.vocabulary.decode(row) for row in batch.tokens[:, 1:].tolist()]

@@ -1,8 +1,10 @@
 """What every model offers to learning and reading: pages in, logits and text out."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
@@ -44,6 +46,14 @@ class Reader(nn.Module, ABC):
         max_length: int,
     ) -> list[Reading]:
         """Return a reading of each page, of at most `max_length` tokens with start and end."""
+
+    def compiled(self, *, canvases_vary: bool) -> Callable[..., Float[Tensor, "B T V"]]:
+        """Return `forward` by torch.compile.
+
+        Args:
+            canvases_vary: pages come on several canvases, and texts in many lengths on each.
+        """
+        return torch.compile(self.forward)
 
     def weights(self) -> dict[str, Tensor]:
         """Return all weights and statistics, contiguous on the CPU, for a safetensors file."""
