@@ -150,9 +150,9 @@ def against_reference(setting: Setting[ReadOptions], pair: Pair, size: int) -> R
     }
     if size > LARGEST_OF_REFERENCE:
         del works["theirs"]
+    peak = peak_mib(works["ours"], setting.device)
     with console.progress(f"read, batch {size}", apart=True) as told:
         seconds = in_turn(works, setting.device, repeats=setting.repeats, told=told)
-    peak = peak_mib(works["ours"], setting.device)
     written = size * (setting.tokens - 1)
     beside = {"characters_per_s": written / Spread.of(seconds["ours"]).median, "peak_mib": peak}
     work = f"batch {size}, {setting.tokens} tokens"

@@ -51,10 +51,10 @@ def growth_rows(setting: Setting[Any], make: MakeWork, *, batches: Sequence[int]
     with console.progress("growth", apart=True) as told:
         for done, (name, count, changed) in enumerate(cells, start=1):
             work = make(count, **changed)
+            peak = peak_mib(work, setting.device, first=WARM_UP)
             (seconds,) = in_turn(
-                {name: work}, setting.device, repeats=setting.repeats, warm_up=WARM_UP
+                {name: work}, setting.device, repeats=setting.repeats, warm_up=0
             ).values()
-            peak = peak_mib(work, setting.device)
             del work
             free(setting.device)
             milliseconds = Spread.of([1000 * one for one in seconds])

@@ -103,16 +103,18 @@ def against_reference(setting: Setting[TrainOptions], size: int) -> Row:
         "ours": lambda: ours.step(batch),
         "theirs": lambda: theirs.step(batch.images, batch.tokens),
     }
+    peaks = {
+        f"{name}_peak_mib": peak_mib(work, device, first=WARM_UP) for name, work in works.items()
+    }
     with console.progress(f"train, batch {size}", apart=True) as told:
         seconds = in_turn(
             works,
             device,
             repeats=setting.repeats,
-            warm_up=WARM_UP,
+            warm_up=0,
             steps=setting.options.steps or setting.options.sized.steps,
             told=told,
         )
-    peaks = {f"{name}_peak_mib": peak_mib(work, device) for name, work in works.items()}
     published = PUBLISHED_TRAINING.get(size) if setting.is_published(experiment) else None
     measured = Spread.of(seconds["theirs"]).median
     void, note = judge(measured, size / published if published else None, setting.device_name)
