@@ -1,15 +1,15 @@
 """A page of ink made to look like rendered ones: level lines, their pitch, their margins.
 
-Everything here takes ink, uint8 (H, W): 0 is paper, 255 is ink. What already lies within what rendered pages
-show is left as it is.
+Everything here takes ink, uint8 (H, W): 0 is paper, 255 is ink.
 """
 
 import math
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-NORMALISER_VERSION = 1
+NORMALISER_VERSION = 2
 """Part of the fingerprint of stores of normalised pages: raise it whenever a page comes out otherwise."""
 
 STEEPEST_DEG = 6.0
@@ -18,10 +18,14 @@ STEEPEST_DEG = 6.0
 LEVEL_DEG = 0.5
 """Less is not turned: rendered pages slope by 0.8 (standard deviation)."""
 
-PITCHES_PX = (26.0, 53.0)
-"""Between which a page keeps its scale: 5th and 95th percentile of `pitch_px` over 600 pages of 576x640 px of
-datamodule=synthetic_paragraphs (25.6 and 53.3; jitter 0, 0.5 and 1), and of synthetic_letters (25.6 and
-52.3)."""
+PITCH_PX = 53.0
+"""To which a page is scaled if its text then fits: the 95th percentile of `pitch_px` over 600 pages of 576x640
+px of datamodule=synthetic_paragraphs (53.3; jitter 0, 0.5 and 1), and of synthetic_letters (52.3). Large
+letters are read better than small ones."""
+
+LEADING = (1.14, 2.13)
+"""Least and most that counts of a pitch, in `letters_px`: 5th and 95th percentile over 400 pages of
+synthetic_letters. Beyond, lines stand wide apart or a pitch was missed, and letters tell the scale."""
 
 MARGIN, LEAST_MARGIN = 0.03, 0.01
 """Shares of the canvas. Rendered pages keep margins of 1 to 5%: 3% where there is room."""
@@ -51,15 +55,17 @@ def normalise_page(page: np.ndarray, *, height: int, width: int) -> tuple[np.nda
     """Return the page as rendered ones are, and the map (2, 3) from its pixels to those of the page given.
 
     It is level, without strips of neighbouring lines, and begins at the upper left margin of a canvas in
-    pixels, which it covers. Its pitch lies in PITCHES_PX if the text then fits. A blank page is only
-    scaled down.
+    pixels, which it covers. Its pitch is PITCH_PX if the text then fits; where lines stand wider apart than
+    rendered ones, its letters are as large as at such a pitch. A blank page is only scaled down.
 
     The map takes (x, y, 1), of corners of pixels: 0 is the left edge of the first, 1 its right edge.
     """
     slope = slope_deg(page)
     slope = slope if abs(slope) >= LEVEL_DEG else 0.0
     pitch = pitch_px(page, slope=slope)
-    if pitch is not None:
+    letters = letters_px(page)
+    if pitch is not None and letters is not None:
+        pitch = float(np.clip(pitch, *(letters * np.array(LEADING))))
         page = _without_strips(page, slope, pitch)
     cos, sin = math.cos(math.radians(slope)), math.sin(math.radians(slope))
     turn = np.array([[cos, sin], [-sin, cos]])
@@ -67,7 +73,7 @@ def normalise_page(page: np.ndarray, *, height: int, width: int) -> tuple[np.nda
     canvas = np.array([width, height])
     room = canvas * (1 - 2 * LEAST_MARGIN)
     scale = float(np.min(room / (high - low)))
-    scale = min(scale, 1.0 if pitch is None else float(np.clip(pitch, *PITCHES_PX)) / pitch)
+    scale = min(scale, 1.0 if pitch is None else PITCH_PX / pitch)
     margin = np.minimum(MARGIN * canvas, (canvas - scale * (high - low)) / 2)
     first = np.floor(low - margin / scale)
     last = np.ceil(high + margin / scale)
@@ -135,16 +141,46 @@ def pitch_px(page: np.ndarray, *, slope: float = 0.0) -> float | None:
     return float(best * scale)
 
 
-def _pixels(page: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Return y, x and strength of the inked pixels of a coarse copy without dust; None of a blank page."""
+def letters_px(page: np.ndarray) -> float | None:
+    """Return how high letters are, or words whose letters join; None of a blank page.
+
+    It is the height of connected ink below which lie three fifths, each piece weighed by its height.
+    """
+    pieces = _pieces(page)
+    heights = np.sort(pieces.heights[pieces.written])
+    if not len(heights):
+        return None
+    summed = np.cumsum(heights)
+    return float(heights[np.searchsorted(summed, 0.6 * summed[-1])] * _coarseness(page))
+
+
+class _Pieces(NamedTuple):
+    """Connected ink of a coarse copy of a page."""
+
+    page: np.ndarray
+    labels: np.ndarray
+    """Of the copy's pixels; 0 is paper."""
+    heights: np.ndarray
+    """Of each label, in pixels."""
+    written: np.ndarray
+    """Whether a label is neither paper nor dust."""
+
+
+def _pieces(page: np.ndarray) -> _Pieces:
     if _coarseness(page) > 1:
         width, height = (max(1, round(side / _coarseness(page))) for side in page.shape[::-1])
         page = cv2.resize(page, (width, height), interpolation=cv2.INTER_AREA)
     _, labels, stats, _ = cv2.connectedComponentsWithStats((page >= _INK).astype(np.uint8))
     written = stats[:, cv2.CC_STAT_AREA] > _SPECK_PIXELS
-    written[0] = False  # paper
-    ys, xs = np.nonzero(written[labels])
-    return (ys, xs, page[ys, xs].astype(float)) if len(ys) >= _LEAST_PIXELS else None
+    written[0] = False
+    return _Pieces(page, labels, stats[:, cv2.CC_STAT_HEIGHT], written)
+
+
+def _pixels(page: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Return y, x and strength of the inked pixels of a coarse copy without dust; None of a blank page."""
+    pieces = _pieces(page)
+    ys, xs = np.nonzero(pieces.written[pieces.labels])
+    return (ys, xs, pieces.page[ys, xs].astype(float)) if len(ys) >= _LEAST_PIXELS else None
 
 
 def _coarseness(page: np.ndarray) -> float:
