@@ -19,9 +19,9 @@ LEVEL_DEG = 0.5
 """Less is not turned: rendered pages slope by 0.8 (standard deviation)."""
 
 PITCH_PX = 53.0
-"""To which a page is scaled if its text then fits: the 95th percentile of `pitch_px` over 600 pages of 576x640
-px of datamodule=synthetic_paragraphs (53.3; jitter 0, 0.5 and 1), and of synthetic_letters (52.3). Large
-letters are read better than small ones."""
+"""To which a page is scaled if its text then fits: the 95th percentile of `pitch_px` over 600 pages of
+576x640 px of datamodule=synthetic_paragraphs (53.3; jitter 0, 0.5 and 1), and of synthetic_letters (52.3).
+Large letters are read better than small ones."""
 
 LEADING = (1.14, 2.13)
 """Least and most that counts of a pitch, in `letters_px`: 5th and 95th percentile over 400 pages of
