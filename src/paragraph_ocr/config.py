@@ -104,6 +104,7 @@ class RenderedData(GeneratedData):
     word_slant_deg: float = 0.0
     crossed_out: float = 0.0
     baseline_wave: float = 0.0
+    uneven_lines: float = 0.0
 
 
 @dataclass

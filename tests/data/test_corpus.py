@@ -57,6 +57,7 @@ def test_every_field_that_changes_the_paragraphs_changes_the_path(few_notes, noi
         "word_slant_deg": 3.0,
         "crossed_out": 0.5,
         "baseline_wave": 0.2,
+        "uneven_lines": 0.5,
     }
     for corpus in (few_notes, noise):
         prints = [corpus.fingerprint()]

@@ -28,13 +28,14 @@ def faces(notes):
 
 CARELESS = {"jitter": 1.0, "pressure": 0.5}
 OLD = {"jitter": 0.5, "joined": 1.0, "word_slant_deg": 5.0, "baseline_wave": 0.5}
+LETTER = {**CARELESS, "uneven_lines": 1.0}
 MISTAKEN = {**CARELESS, **OLD, "joined": 0.5, "crossed_out": 1.0}
 
 
 @pytest.fixture(scope="module")
 def drawn(notes, faces):
     """For each canvas: words and drawing, every face several times, short and long, in several hands."""
-    return draw_all(notes, faces, [{}, CARELESS, OLD, {}, CARELESS, OLD])
+    return draw_all(notes, faces, [{}, CARELESS, OLD, {}, LETTER, OLD, LETTER])
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def test_what_joins_and_waves_draw_at_random_moves_no_other_draw(faces):
         return drawing, generator.random()
 
     plain, after = drawn()
-    off, after_off = drawn(joined=0.0, word_slant_deg=0.0, crossed_out=0.0, baseline_wave=0.0)
+    off, after_off = drawn(joined=0.0, word_slant_deg=0.0, crossed_out=0.0, uneven_lines=0.0)
     assert (plain.image == off.image).all() and after == after_off
     old, after_old = drawn(joined=0.5, baseline_wave=0.3)
     assert old.lines == plain.lines and after == after_old
@@ -247,6 +248,31 @@ def test_a_baseline_drifts_smoothly_beside_the_slope_of_the_page(faces):
     drifting = [off_level(1.0, seed) for seed in range(24)]
     assert np.std(drifting) > 3 * np.std([off_level(0.0, seed) for seed in range(24)])
     assert np.std(np.diff(drifting)) < 0.5 * np.std(drifting)
+
+
+def test_uneven_lines_stand_far_apart_and_at_uneven_distances_and_places(faces):
+    def page(uneven, seed):
+        return render(
+            ["cannon"] * 40, faces[2], height=576, width=640, min_lines=3, max_lines=12,
+            uneven_lines=uneven, generator=np.random.default_rng(seed),
+        )  # fmt: skip
+
+    def measured(uneven):
+        far, spread, begins = [], [], []
+        for seed in range(12):
+            drawing = page(uneven, seed)
+            words = drawing.letters.reshape(-1, 6, 4)
+            firsts = np.cumsum([0, *(len(line.split()) for line in drawing.lines[:-1])])
+            distances = np.diff(words[firsts, 0, 3])
+            far.append(np.median(distances) / np.median(np.ptp(words[:, :, [1, 3]], axis=(1, 2))))
+            spread.append(np.std(distances) / np.mean(distances))
+            begins.append(np.std(words[firsts, 0, 0]))
+        return np.mean(far), np.mean(spread), np.mean(begins)
+
+    even, uneven = measured(0.0), measured(1.0)
+    assert uneven[0] > 1.3 * even[0]
+    assert uneven[1] > 2 * even[1]
+    assert uneven[2] > 2 * even[2]
 
 
 def test_faces_that_are_held_out_are_not_trained_on(few_notes, tmp_path):

@@ -51,6 +51,12 @@ _SIZES_PX = 8
 _STROKE_PX = 12
 """Distance over which the pen's pressure changes."""
 
+_LOOSEST = 2.5
+"""Most by which uneven lines as a whole stand farther apart than others."""
+
+_SHORT, _SHORTEST = 0.3, 0.3
+"""Share of uneven lines that end early, and the least part of the others' width that is left to them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
@@ -126,6 +132,7 @@ def render(
     word_slant_deg: float = 0.0,
     crossed_out: float = 0.0,
     baseline_wave: float = 0.0,
+    uneven_lines: float = 0.0,
     generator: np.random.Generator,
 ) -> Drawing:
     """Return the words as one paragraph on a canvas of the given size in pixels, all ink inside.
@@ -143,12 +150,14 @@ def render(
         crossed_out: share of paragraphs in which one or two words are crossed out. They are other
             words of the paragraph, written before the right ones, and not in the transcription.
         baseline_wave: em by which each line's baseline may drift either way from level.
+        uneven_lines: share of paragraphs that are set as letters are: lines farther apart, at uneven
+            distances, some of them short and standing anywhere.
     """
     uniform = generator.uniform
     extra = generator
-    if joined or word_slant_deg or crossed_out or baseline_wave:
+    if joined or word_slant_deg or crossed_out or baseline_wave or uneven_lines:
         (extra,) = generator.spawn(1)  # what it draws moves nothing else
-    spacing = uniform(0.85, 1.3) * face.height  # em from line to line
+    usual = spacing = uniform(0.85, 1.3) * face.height  # em from line to line
     advances = np.array([face.width(word) for word in words])
     space = max(0.25, face.width(" ")) * uniform(0.9, 1.6)
     indent = uniform(0.5, 2.5) if generator.random() < 0.25 else 0.0
@@ -156,6 +165,9 @@ def render(
     struck = _mistakes(words, extra) if crossed_out and extra.random() < crossed_out else {}
     for place, mistake in struck.items():
         advances[place] += face.width(mistake) + space
+    uneven = bool(uneven_lines) and extra.random() < uneven_lines
+    if uneven:
+        spacing *= _LOOSEST ** extra.random()
 
     margins = np.array([width, height]) * uniform(0.01, 0.05, size=2)
     inner = np.array([width, height]) - 2 * margins
@@ -165,21 +177,26 @@ def render(
         generator.normal(0, 0.15)
     )
     num_lines = int(np.clip(round(natural), min_lines, max_lines))
+    part_widths = _part_widths(num_lines, extra) if uneven else np.ones(num_lines)
     starts, line_em = _wrap(
         advances,
         space=space,
         indent=indent,
-        num_lines=num_lines,
+        part_widths=part_widths,
         minimum=min_lines,
         generator=generator,
     )
     ends = [*pairwise([*starts, len(words)])]
     lines = [words[a:b] for a, b in ends]
 
+    distances = np.full(len(lines), spacing)
+    if uneven:
+        distances *= 1 + extra.random(len(lines)) ** 2
+
     size = min(
         inner[0] * uniform(0.85, 1.0) / line_em,
-        inner[1] / ((len(lines) - 1) * spacing + face.height),
-        LARGEST_PX * uniform(0.6, 1.0) / spacing,
+        inner[1] / (distances[1:].sum() + face.height),
+        LARGEST_PX * uniform(0.6, 1.0) / usual,
     )
     size_px = max(SMALLEST_PX, round(size))
     weight = None if face.weights is None else round(uniform(*face.weights) / 100) * 100
@@ -200,8 +217,12 @@ def render(
     ]
     lefts = generator.normal(0, 0.15 * size_px, size=len(lines))
     lefts[0] += indent * size_px
+    if uneven:
+        widths = np.array([advances[a:b].sum() + space * (b - a - 1) for a, b in ends])
+        stands = extra.random(len(lines)) * (extra.random(len(lines)) < 0.5)
+        lefts += stands * (line_em - widths).clip(min=0) * size_px
     sheet, boxes, letters = _lay(
-        set_lines, lefts, hand, pitch_px=spacing * size_px, slant=slant, generator=generator
+        set_lines, lefts, hand, distances_px=distances * size_px, slant=slant, generator=generator
     )
     part, (top, left), boxes, letters = _warp(
         sheet, boxes, letters, slant=slant, inner=inner, margins=margins, height=height, width=width,
@@ -218,18 +239,20 @@ def _wrap(
     *,
     space: float,
     indent: float,
-    num_lines: int,
+    part_widths: np.ndarray,
     minimum: int,
     generator: np.random.Generator,
 ) -> tuple[list[int], float]:
     """Return the first word of each line, and the width of the widest line, all in em.
 
-    At most `num_lines` lines, each with its own right edge; at least `minimum` while there are words.
+    At most as many lines as there are parts of the width that they may take, each with its own right
+    edge; at least `minimum` while there are words.
     """
+    num_lines = len(part_widths)
     ends = np.cumsum(advances + space).tolist()
     drawn_edges = generator.uniform(0.85, 1.0, size=num_lines)
     drawn_edges[generator.integers(num_lines)] = 1.0
-    edges = drawn_edges.tolist()
+    edges = (drawn_edges * part_widths).tolist()
 
     def starts(line_em: float) -> list[int] | None:
         found = [0]
@@ -258,6 +281,15 @@ def _wrap(
     bounds = [*chosen, len(advances)]
     widths = [ends[b - 1] - (ends[a - 1] if a else -indent) for a, b in pairwise(bounds)]
     return chosen, float(max(widths)) - space
+
+
+def _part_widths(num_lines: int, generator: np.random.Generator) -> np.ndarray:
+    """Return which part of the width uneven lines may take; at least one all of it."""
+    parts = np.ones(num_lines)
+    short = generator.random(num_lines) < _SHORT
+    short[generator.integers(num_lines)] = False
+    parts[short] = generator.uniform(_SHORTEST, 1, size=short.sum())
+    return parts
 
 
 def _mistakes(words: Sequence[str], generator: np.random.Generator) -> dict[int, str]:
@@ -444,15 +476,16 @@ def _lay(
     lefts: np.ndarray,
     hand: Hand,
     *,
-    pitch_px: float,
+    distances_px: np.ndarray,
     slant: float,
     generator: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the sheet with every letter on it, and the boxes of lines and letters on it in pixels.
 
-    Lines are moved against the slant, so that their beginnings stand one under the other after it.
+    Lines lie about so far below the ones before. They are moved against the slant, so that their
+    beginnings stand one under the other after it.
     """
-    baselines = np.cumsum(pitch_px * generator.uniform(0.93, 1.07, size=len(lines)))
+    baselines = np.cumsum(distances_px * generator.uniform(0.93, 1.07, size=len(lines)))
     offsets = np.rint(np.stack([lefts + slant * baselines, baselines] * 2, axis=1)).astype(int)
     placed = [line.reaches + offset for line, offset in zip(lines, offsets, strict=True)]
     bounds = np.array([(*boxes[:, :2].min(axis=0), *boxes[:, 2:].max(axis=0)) for boxes in placed])

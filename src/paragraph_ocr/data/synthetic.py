@@ -48,6 +48,8 @@ class SyntheticCorpus(GeneratedCorpus):
     """Share of paragraphs in which one or two words more are written, and crossed out."""
     baseline_wave: float = 0.0
     """Em by which a line may drift either way from level."""
+    uneven_lines: float = 0.0
+    """Share of paragraphs whose lines stand far apart, at uneven distances, some short and indented."""
 
     def fingerprint(self) -> str:
         identity = {
@@ -93,6 +95,7 @@ class SyntheticCorpus(GeneratedCorpus):
                 word_slant_deg=self.word_slant_deg,
                 crossed_out=self.crossed_out,
                 baseline_wave=self.baseline_wave,
+                uneven_lines=self.uneven_lines,
                 generator=generator,
             )
             return Paragraph(drawing.image, drawing.text, split, face.name, face.name)
