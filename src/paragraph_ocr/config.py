@@ -189,6 +189,7 @@ class AugmentationConfig:
     show_through: float = 0.0
     stains: float = 0.0
     coarse_px: float = 0.0
+    specks: float = 0.0
 
 
 @dataclass

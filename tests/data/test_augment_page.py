@@ -228,6 +228,7 @@ SOMETIMES = {
     "threshold": 0.5,
     "show_through": 0.6,
     "stains": 0.6,
+    "specks": 0.02,
 }
 
 
@@ -300,6 +301,22 @@ def test_stains_have_soft_edges(augmented: Callable):
     pages = augmented(blank, Strengths(stains=1.0), 40).astype(int)
     assert pages.max() > 150
     assert max(np.abs(np.diff(pages, axis=axis)).max() for axis in (1, 2)) < 0.25 * 255
+
+
+@pytest.mark.parametrize("augmented", [each, together])
+def test_specks_are_small_apart_and_hide_no_ink(augmented: Callable):
+    page = letter()
+    pages = augmented(page, Strengths(specks=0.01), 100)
+    assert (pages >= page).all()
+    shares = [(changed != page).mean() for changed in pages]
+    assert 0.004 < max(shares) < 0.012
+    areas = [
+        area
+        for changed in augmented(np.zeros_like(page), Strengths(specks=0.01), 30)
+        for *_, area in cv2.connectedComponentsWithStats((changed > 0).astype(np.uint8))[2][1:]
+    ]
+    assert np.mean(np.array(areas) <= 4) > 0.97
+    assert 0.02 < np.mean(np.array(areas) >= 4) < 0.1
 
 
 @pytest.mark.parametrize("augmented", [each, together])

@@ -40,6 +40,9 @@ NUM_STAINS, STAIN_PX, STAIN_EDGE = 3, (24, 90), (0.2, 0.7)
 STAIN_STEP_PX = 4
 """Distance of the places at which stains, which have no sharp edges, are computed."""
 
+FAINTEST_SPECK, LARGE_SPECKS = 0.3, 1 / 32
+"""Least share of full ink of a speck of dust; and how many are 2x2 pixels large for each of a single one."""
+
 STAIN_UNEVEN, RING_INSIDE = 0.25, 0.25
 """Share by which a stain's outline leaves the circle, and of a ring's ink that is within it."""
 
@@ -69,6 +72,7 @@ class Strengths:
     show_through: float = 0.0
     stains: float = 0.0
     coarse_px: float = 0.0
+    specks: float = 0.0
 
     @property
     def move(self) -> bool:
@@ -119,6 +123,8 @@ class Augment(nn.Module):
         if strengths.coarse_px:
             share = _uniform(pages) * coarse_share(strengths.coarse_px)
             pages = _mix(pages, _coarse(pages, coarse_factor(strengths.coarse_px)), share)
+        if strengths.specks:
+            pages = torch.maximum(pages, _specks(pages, strengths.specks))
         # of clean paper: a scanner cuts where it takes the writing for writing
         black_and_white = _cut(pages) if strengths.threshold else None
         if strengths.show_through:
@@ -315,6 +321,19 @@ def _rules(pages: Tensor, most: float) -> Float[Tensor, "B 1 H 1"]:
     thick = RULE_PX[0] + (RULE_PX[1] - RULE_PX[0]) * _uniform(pages)
     lines = (rows + pitch * _uniform(pages)) % pitch < thick
     return lines * (most * _uniform(pages) * (_uniform(pages) < 0.5))
+
+
+def _specks(pages: Tensor, most: float) -> Float[Tensor, "B 1 H W"]:
+    """Return the dust of half of the pages: specks on at most a share `most` of the pixels."""
+    share = most * _uniform(pages) * (_uniform(pages) < 0.5)
+
+    def drawn(step: int, share: Tensor) -> Tensor:
+        height, width = (-(-side // step) for side in pages.shape[2:])
+        chance = torch.rand(len(pages), 1, height, width, device=pages.device) / share
+        return torch.where(chance < 1, 1 - (1 - FAINTEST_SPECK) * chance, 0.0)
+
+    large = F.interpolate(drawn(2, 4 * LARGE_SPECKS * share), scale_factor=2, mode="nearest")
+    return torch.maximum(drawn(1, share), large[..., : pages.shape[2], : pages.shape[3]])
 
 
 def _back(

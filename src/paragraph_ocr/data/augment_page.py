@@ -9,9 +9,11 @@ import numpy as np
 from paragraph_ocr.data.augment import (
     BACK_FACTOR,
     COARSE_PX,
+    FAINTEST_SPECK,
     FINE_PX,
     GAP_PX,
     INK,
+    LARGE_SPECKS,
     NUM_STAINS,
     PITCH_PX,
     RING_INSIDE,
@@ -66,6 +68,8 @@ def augment_page(
     if strengths.coarse_px:
         coarse = _coarse(page, coarse_factor(strengths.coarse_px))
         page = _mix(page, coarse, uniform() * coarse_share(strengths.coarse_px))
+    if strengths.specks and uniform() < 0.5:
+        page = _with_specks(page, strengths.specks * uniform(), generator)
     if strengths.threshold and uniform() < strengths.threshold:
         level = generator.uniform(*THRESHOLDS) * page.max()
         return cv2.threshold(page, level, 255, cv2.THRESH_BINARY)[1]
@@ -112,6 +116,19 @@ def _rules(height: int, most: float, generator: np.random.Generator) -> np.ndarr
     lines = (np.arange(height) + pitch * generator.random()) % pitch < thick
     amount = 255 * most * generator.random() * (generator.random() < 0.5)
     return (lines * amount).astype(np.uint8)[:, None]
+
+
+def _with_specks(page: np.ndarray, share: float, generator: np.random.Generator) -> np.ndarray:
+    """Return the page with specks of dust on a share of its pixels."""
+    page, height, width = page.copy(), *page.shape
+    for side, many in ((1, share), (2, share * LARGE_SPECKS)):
+        count = generator.poisson(many * page.size)
+        ys, xs = (generator.integers(length, size=count) for length in (height, width))
+        dark = (255 * generator.uniform(FAINTEST_SPECK, 1, size=count)).astype(np.uint8)
+        for y, x in np.ndindex(side, side):
+            place = (ys + y).clip(max=height - 1), (xs + x).clip(max=width - 1)
+            page[place] = np.maximum(page[place], dark)
+    return page
 
 
 def _stains(shape: tuple[int, ...], most: float, generator: np.random.Generator) -> np.ndarray:
