@@ -147,9 +147,11 @@ def _licence(face: Face) -> str:
 
 
 def _training(experiment: Experiment, run: str, minutes: float | None) -> str:
-    # a name made of overrides may hold paths: the recipe alone is told
+    # a name made of overrides may hold paths: the recipe is told, and whether there were others
     recipe = re.search(r"\bexperiment=[\w-]+", run)
-    name = f"`python train.py {recipe[0]}`, seed" if recipe else "Seed"
+    others = re.sub(r"\b(experiment|outputs|seed|tracking(\.\w+)?)=[^,]*,?", "", run)
+    more = " and overrides" if others else ""
+    name = f"`python train.py {recipe[0]}`{more}, seed" if recipe else "Seed"
     took = f", {minutes:.1f} minutes from start to test" if minutes is not None else ""
     return f"{name} {experiment.seed}{took}."
 
