@@ -13,6 +13,7 @@ from paragraph_ocr.data.normalise import (
     normalise_page,
     pitch_px,
     slope_deg,
+    without_dust,
 )
 from paragraph_ocr.data.store import Store
 
@@ -162,6 +163,25 @@ def test_a_page_made_so_stays_as_it_is(rendered):
         _, again = normalise_page(found, height=CANVAS[0], width=CANVAS[1])
         assert np.allclose(again[:, :2], np.eye(2), atol=0.04)
         assert np.abs(again[:, 2]).max() <= 12
+
+
+def test_dust_goes_where_there_is_much_of_it_and_dots_stay(rendered):
+    generator = np.random.default_rng(0)
+    for page in [printed((40, 90, 140)), *(scaled(p, 2) for p in rendered(4, lines=5))]:
+        assert without_dust(page) is page
+        dusty = page.copy()
+        free = cv2.dilate(page, np.ones((15, 15), np.uint8)) == 0
+        ys, xs = np.nonzero(free[:-1, :-1])
+        chosen = generator.choice(len(ys), size=page.size // 1500, replace=False)
+        few = chosen[:5]
+        dusty[ys[few], xs[few]] = 255
+        assert without_dust(dusty) is dusty
+        dusty[ys[chosen], xs[chosen]] = 255
+        cleaned = without_dust(dusty)
+        near = cv2.dilate(page, np.ones((3, 3), np.uint8)) > 0
+        assert (cleaned == page)[~near].all()
+        # dots of the writing may go with it, and broken strokes
+        assert cleaned.sum() > 0.97 * page.sum()
 
 
 def test_blank_paper_dust_and_a_stroke_are_taken_as_they_come():

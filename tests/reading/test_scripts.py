@@ -247,8 +247,10 @@ def test_a_card_names_texts_faces_licences_stages_and_time(recognizer, tmp_path)
     assert str(tmp_path) not in card
     (fonts / find_faces(fonts)[0].name).unlink()
     experiment.datamodule.fonts = str(tmp_path / "nowhere")
-    card = model_card(recognizer, run="", metrics={}, num_bytes=1)
+    run = "experiment=ten_minutes,outputs=out,optimizer.lr=1e-3"
+    card = model_card(recognizer, run=run, metrics={}, num_bytes=1)
     assert "`nowhere`, which was not there" in card
+    assert "`python train.py experiment=ten_minutes` and overrides, seed 0" in card
 
 
 def test_a_release_is_small_reads_alike_and_names_no_place(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-NORMALISER_VERSION = 2
+NORMALISER_VERSION = 3
 """Part of the fingerprint of stores of normalised pages: raise it whenever a page comes out otherwise."""
 
 STEEPEST_DEG = 6.0
@@ -35,6 +35,10 @@ _COARSE_PX = 600  # of the copy on which slope and pitch are found
 _LEAST_PIXELS = 20  # of ink there; a page of less is blank
 _SPECK_PIXELS = 3  # of ink there that are dust, and do not count
 
+_DUST = 0.7
+"""Squares of the pen's breadth, below which a piece of ink may be dust: the dot of an i is about one. It is
+taken for dust where there are more such pieces than others."""
+
 _TWO_LINES = 1.5
 """Height of ink in pitches, from which there surely are two lines: it is 1.7 to 2.2 of two rendered ones,
 and 1.1 to 1.4 of what a single line takes for its pitch."""
@@ -54,12 +58,13 @@ letters of a line are higher (0.3 and more of rendered ones), and the dots of an
 def normalise_page(page: np.ndarray, *, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the page as rendered ones are, and the map (2, 3) from its pixels to those of the page given.
 
-    It is level, without strips of neighbouring lines, and begins at the upper left margin of a canvas in
-    pixels, which it covers. Its pitch is PITCH_PX if the text then fits; where lines stand wider apart than
-    rendered ones, its letters are as large as at such a pitch. A blank page is only scaled down.
+    It is level, without dust and strips of neighbouring lines, and begins at the upper left margin of a
+    canvas in pixels, which it covers. Its pitch is PITCH_PX if the text then fits; where lines stand wider
+    apart than rendered ones, its letters are as large as at such a pitch. A blank page is only scaled down.
 
     The map takes (x, y, 1), of corners of pixels: 0 is the left edge of the first, 1 its right edge.
     """
+    page = without_dust(page)
     slope = slope_deg(page)
     slope = slope if abs(slope) >= LEVEL_DEG else 0.0
     pitch = pitch_px(page, slope=slope)
@@ -87,6 +92,25 @@ def normalise_page(page: np.ndarray, *, height: int, width: int) -> tuple[np.nda
     filled[: size[1], : size[0]] = cv2.resize(part, size.tolist(), interpolation=kind)
     backward = np.column_stack([turn.T * (part.shape[::-1] / size), turn.T @ first])
     return filled, backward
+
+
+def without_dust(page: np.ndarray) -> np.ndarray:
+    """Return the page without specks finer than its pen, if it is full of them."""
+    inked = (page >= _INK).astype(np.uint8)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(inked)
+    if count < 3:
+        return page
+    # the pen is twice as broad as the ridges of its strokes are far from paper, broad strokes counting more
+    depth = cv2.distanceTransform(inked, cv2.DIST_L2, 3)
+    ridges = depth[(depth > 0) & (depth >= cv2.dilate(depth, np.ones((3, 3), np.uint8)))]
+    pen_px = 2 * np.square(ridges).sum() / ridges.sum()
+    dust = stats[:, cv2.CC_STAT_AREA] < _DUST * pen_px**2
+    dust[0] = False  # paper
+    if dust.sum() <= count / 2:
+        return page
+    # with the grey at its rim
+    specks = cv2.dilate(dust[labels].astype(np.uint8), np.ones((3, 3), np.uint8))
+    return np.where(specks.astype(bool) & (dust | (np.arange(count) == 0))[labels], 0, page)
 
 
 def slope_deg(page: np.ndarray) -> float:
