@@ -97,7 +97,10 @@ class Encoder(nn.Module):
         self.frozen = freeze
         if horizontal_stride is not None:
             _narrow_columns(self.net, name, in_channels, own, horizontal_stride)
-        self.net.to(memory_format=torch.channels_last)  # mixed precision computes in it
+        for parameter in self.net.parameters():
+            if parameter.dim() == 4:  # lambda ResNets have three-dimensional kernels too
+                # mixed precision computes in this order
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.requires_grad_(not freeze)
         self.train()
         self._padding: _Padding | None = None  # of the batch at hand
