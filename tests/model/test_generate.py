@@ -126,6 +126,20 @@ def all_texts(decoder, memory):
             yield list(text), float(sum(logs[i, token] for i, token in enumerate(written)))
 
 
+def test_a_beam_reads_pages_together_as_it_reads_each_alone(make_recognizer, pages):
+    lengths = set()
+    for seed in range(3):
+        recognizer = make_recognizer(seed=seed)
+        recognizer.decoder.bias.data[SPECIAL.end] = 1.0 + seed / 2
+        together = recognizer.read(pages, decoding=Beam(width=3), max_length=30)
+        for page, reading in zip(pages, together, strict=True):
+            (alone,) = recognizer.read(page[None], decoding=Beam(width=3), max_length=30)
+            assert reading.tokens == alone.tokens
+            assert [r.tokens for r in reading.others] == [r.tokens for r in alone.others]
+        lengths |= {len(reading.tokens) for reading in together}
+    assert len(lengths) > 1, "some pages should be over before others"
+
+
 def test_a_beam_gives_what_else_it_found_the_likelier_first(make_recognizer, pages):
     recognizer = make_recognizer(seed=3)
     recognizer.decoder.bias.data[SPECIAL.end] = 1.0

@@ -78,11 +78,13 @@ class Layer(nn.Module):
         memory: Float[Tensor, "2 B heads M d"],
         memory_mask: Bool[Tensor, "B 1 1 M"] | None,
         extend: Callable[[Tensor], Tensor] | None = None,
+        sharing: int = 1,
     ) -> Float[Tensor, "B L D"]:
         """Return the states of the next layer.
 
         Args:
             memory: this layer's cross-attention keys and values.
+            sharing: rows that follow one another and look at one page; the memory has each page once.
             extend: puts the only state's keys and values "2 B heads 1 d" into this layer's cache and
                 returns all so far; None sees all states at once under the causal mask.
         """
@@ -96,7 +98,11 @@ class Layer(nn.Module):
 
         residual = states
         inputs = self.norms[1](states) if self.pre else states
+        if sharing > 1:  # to a page their states are those of one longer row
+            inputs = inputs.reshape(-1, sharing, inputs.shape[2])
         gathered = self.cross_attention(inputs, memory, mask=memory_mask)
+        if sharing > 1:
+            gathered = gathered.reshape(residual.shape)
         states = self._join(residual, gathered, 1)
 
         residual = states
@@ -186,7 +192,9 @@ class Decoder(nn.Module):
         """Return the logits of the token after `tokens`, and put those into the cache."""
         states = self._embed(tokens[:, None], self.positions[cache.length])
         for index, (layer, cross) in enumerate(zip(self.layers, cache.crosses, strict=True)):
-            states = layer(states, cross, cache.mask, partial(cache.extend, index))
+            states = layer(
+                states, cross, cache.mask, partial(cache.extend, index), sharing=cache.sharing
+            )
         cache.length += 1
         return self.logits(states)[:, 0]
 
@@ -203,11 +211,13 @@ class Cache:
     """Keys and values of the memory and of the tokens so far, in tensors of fixed length."""
 
     def __init__(self, crosses: list[Tensor], mask: Tensor | None, max_length: int) -> None:
-        self.crosses = crosses  # a layer each: "2 B heads M d"
+        self.crosses = crosses  # a layer each: "2 pages heads M d"
         self.mask = mask
         two, batch, heads, _, width = crosses[0].shape
         self.pasts = [cross.new_empty(two, batch, heads, max_length, width) for cross in crosses]
         self.length = 0
+        self.sharing = 1
+        """Rows a page."""
 
     def extend(self, layer: int, newest: Float[Tensor, "2 B heads 1 d"]) -> Tensor:
         """Put a layer's keys and values of the newest token into the cache; return all so far."""
@@ -215,12 +225,19 @@ class Cache:
         past[:, :, :, self.length] = newest[:, :, :, 0]
         return past[:, :, :, : self.length + 1]
 
-    def keep(self, rows: Int[Tensor, " kept"]) -> None:
-        """Keep these rows alone, in this order; a row may stand twice."""
-        self.crosses = [cross.index_select(1, rows) for cross in self.crosses]
-        self.mask = None if self.mask is None else self.mask.index_select(0, rows)
-        self.reorder(rows)
+    def share(self, rows: int) -> None:
+        """Have so many rows a page, all with its one past."""
+        self.sharing *= rows
+        self.pasts = [past.repeat_interleave(rows, dim=1) for past in self.pasts]
 
-    def reorder(self, rows: Int[Tensor, " kept"]) -> None:
-        """Like `keep`, for rows that share their memory with those whose place they take."""
-        self.pasts = [past.index_select(1, rows) for past in self.pasts]
+    def keep(self, pages: Int[Tensor, " kept"]) -> None:
+        """Keep these pages alone, in this order."""
+        self.crosses = [cross.index_select(1, pages) for cross in self.crosses]
+        self.mask = None if self.mask is None else self.mask.index_select(0, pages)
+
+    def take(self, rows: Int[Tensor, " rows"]) -> None:
+        """Let the rows have the pasts of these, for each page's rows those of some of its own."""
+        for layer, past in enumerate(self.pasts):
+            chosen = past[:, :, :, : self.length].index_select(1, rows)
+            self.pasts[layer] = past = past[:, : len(rows)]
+            past[:, :, :, : self.length] = chosen

@@ -146,7 +146,7 @@ def _beam(
     max_length: int,
 ) -> list[Reading]:
     device, width = cache.crosses[0].device, decoding.width
-    cache.keep(torch.arange(batch, device=device).repeat_interleave(width))
+    cache.share(width)
     pages = list(range(batch))  # still being read, in the order of the rows
     alive: list[list[_History | None]] = [[([], []), *[None] * (width - 1)] for _ in pages]
     totals = torch.full((batch, width), -torch.inf, device=device)
@@ -188,11 +188,13 @@ def _beam(
             kept_rows += [beam[0] for beam in beams]
             kept_tokens += [beam[1] for beam in beams]
             kept_totals.append([beam[2] for beam in beams])
+        if len(kept_pages) < len(pages):
+            kept = [index for index, page in enumerate(pages) if page in kept_pages]
+            cache.keep(torch.tensor(kept, dtype=torch.long, device=device))
         pages, alive = kept_pages, kept_alive
         if not pages:
             break
-        chosen = torch.tensor(kept_rows, device=device)
-        cache.reorder(chosen) if len(chosen) == batch * width else cache.keep(chosen)
+        cache.take(torch.tensor(kept_rows, device=device))
         tokens = torch.tensor(kept_tokens, device=device)
         totals = torch.tensor(kept_totals, device=device)
     for page, histories in zip(pages, alive, strict=True):

@@ -118,6 +118,8 @@ class _StepGraph(nn.Module):
 class _GrowingCache:
     """What `Decoder.step` needs of a cache, without writing in place, which no graph can."""
 
+    sharing = 1
+
     def __init__(
         self, crosses: list[Tensor], mask: Tensor, pasts: list[Tensor], length: Tensor
     ) -> None:
