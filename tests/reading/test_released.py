@@ -1,0 +1,39 @@
+"""The model that comes with the code reads, from a fresh clone, without training."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from paragraph_ocr.metrics import character_error_rate
+from paragraph_ocr.reading import Recognizer
+from paragraph_ocr.reading.checkpoint import DEFAULT
+from paragraph_ocr.reading.examples import draw_examples
+
+ROOT = Path(__file__).resolve().parents[2]
+MOST_BYTES = 20_000_000
+
+
+def test_the_released_model_is_small_and_tells_of_itself():
+    folder = ROOT / DEFAULT
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= MOST_BYTES
+    card = (folder / "README.md").read_text()
+    for section in ("## Data", "## Training", "## Figures", "## Limits"):
+        assert section in card
+
+
+def test_the_readme_s_first_reading_is_right(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "read.py", f"image={ROOT}/docs/images/page.png"],
+        cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Dear friend, the garden has come\nback to life.")
+
+
+def test_the_released_model_reads_pages_in_installed_faces():
+    recognizer = Recognizer.load(DEFAULT, device="cpu")
+    pages = draw_examples(recognizer.experiment, 4)
+    assert pages
+    read = [recognizer.read(page.image).text for page in pages]
+    assert character_error_rate(read, [page.text for page in pages]) < 0.1
