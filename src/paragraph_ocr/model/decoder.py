@@ -75,8 +75,8 @@ class Layer(nn.Module):
     def forward(
         self,
         states: Float[Tensor, "B L D"],
-        memory: Float[Tensor, "2 B heads M d"],
-        memory_mask: Bool[Tensor, "B 1 1 M"] | None,
+        memory: Float[Tensor, "2 pages heads M d"],
+        memory_mask: Bool[Tensor, "pages 1 1 M"] | None,
         extend: Callable[[Tensor], Tensor] | None = None,
         sharing: int = 1,
     ) -> Float[Tensor, "B L D"]:

@@ -99,8 +99,7 @@ class Encoder(nn.Module):
             _narrow_columns(self.net, name, in_channels, own, horizontal_stride)
         for parameter in self.net.parameters():
             if parameter.dim() == 4:  # lambda ResNets have three-dimensional kernels too
-                # mixed precision computes in this order
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+                parameter.data = _channels_last(parameter.data)  # mixed precision computes so
         self.requires_grad_(not freeze)
         self.train()
         self._padding: _Padding | None = None  # of the batch at hand
@@ -160,9 +159,7 @@ class Encoder(nn.Module):
             ]
             pages = F.pad(pages, (0, spare[1], 0, spare[0]))
             self._padding = _Padding(sizes, pages.shape[2], pages.shape[3])
-        # by its strides: of one channel, `contiguous` thinks that it lies so already
-        channels_last = torch.empty_like(pages, memory_format=torch.channels_last).copy_(pages)
-        (features,) = self.net(channels_last)
+        (features,) = self.net(_channels_last(pages))
         self._padding = None
         return features
 
@@ -193,6 +190,11 @@ class Encoder(nn.Module):
             pool.count_include_pad,
         )
         return output / share.clamp(min=1e-6)  # beyond the page both are zero
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    """Return a copy that lies so by its strides: `contiguous` takes one of a single channel as it is."""
+    return torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor)
 
 
 class _Padding:
