@@ -25,7 +25,8 @@ Large letters are read better than small ones."""
 
 LEADING = (1.14, 2.13)
 """Least and most that counts of a pitch, in `letters_px`: 5th and 95th percentile over 400 pages of
-synthetic_letters. Beyond, lines stand wide apart or a pitch was missed, and letters tell the scale."""
+synthetic_letters with even lines. Beyond, lines stand wide apart or a pitch was missed, and letters tell the
+scale."""
 
 MARGIN, LEAST_MARGIN = 0.03, 0.01
 """Shares of the canvas. Rendered pages keep margins of 1 to 5%: 3% where there is room."""
