@@ -92,6 +92,10 @@ def test_a_mistake_is_one_line_with_the_remedy(typed, said):
     [
         ("model=line_cnn datamodule=synthetic_lines decoding=beam", "Pass decoding=greedy"),
         (
+            "model=line_cnn datamodule=synthetic_lines regularization.guidance=1",
+            "Pass regularization.guidance=0",
+        ),
+        (
             "model=line_cnn datamodule=synthetic_lines model.encoder.stage=3",
             "not belong to this model",
         ),

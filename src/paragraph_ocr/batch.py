@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 
@@ -22,6 +22,9 @@ class Batch:
     """True height and width in pixels, from the top left; None when every image fills the canvas."""
     rows: Int[Tensor, " B"]
     """Row of each paragraph in its store; -1 for one that was made on the way."""
+    letters: Float[Tensor, "B L 2"] | None = None
+    """x and y in pixels of the middle of each token's ink, NaN for one without ink or at a place that nobody
+    knows; None if none is known."""
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -33,5 +36,10 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function) -> "Batch":
-        sizes = None if self.sizes is None else function(self.sizes)
-        return type(self)(function(self.images), function(self.tokens), sizes, function(self.rows))
+        return type(self)(
+            function(self.images),
+            function(self.tokens),
+            None if self.sizes is None else function(self.sizes),
+            function(self.rows),
+            None if self.letters is None else function(self.letters),
+        )

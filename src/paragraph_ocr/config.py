@@ -199,6 +199,7 @@ class RegularizationConfig:
     label_smoothing: float = MISSING
     gradient_clip: float = MISSING
     token_noise: float = MISSING
+    guidance: float = 0.0
     ema: float = 0.0
     augment_on: str = "device"
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)

@@ -183,3 +183,44 @@ def test_a_contact_sheet_of_nothing_is_the_callers_bug(images, texts, columns):
     page = np.zeros((4, 4), np.uint8)
     with pytest.raises(ValueError):
         contact_sheet([page] * images, ["a"] * texts, columns=columns)
+
+
+def specks(places: np.ndarray, height: int = 120, width: int = 200) -> np.ndarray:
+    """Return a page with round ink about these places (n, 2) of x and y in pixels."""
+    ys, xs = np.mgrid[:height, :width] + 0.5
+    far = np.square(places[:, 0, None, None] - xs) + np.square(places[:, 1, None, None] - ys)
+    return (255 * np.exp(-far / 8).max(axis=0)).astype(np.uint8)
+
+
+def centres(page: np.ndarray, near: np.ndarray, reach: int = 9) -> np.ndarray:
+    """Return the centre of the ink around each place."""
+    ys, xs = np.mgrid[: page.shape[0], : page.shape[1]] + 0.5
+    found = []
+    for x, y in near:
+        weights = page * ((np.abs(xs - x) < reach) & (np.abs(ys - y) < reach))
+        found.append((np.average(xs, weights=weights), np.average(ys, weights=weights)))
+    return np.array(found)
+
+
+PLACES = np.array([(40.0, 30.0), (100.0, 30.0), (160.0, 30.0), (40.0, 90.0), (100.0, 60.0)])
+
+
+@pytest.mark.parametrize("size", [None, (120, 200)])
+def test_places_of_letters_go_where_the_ink_goes(size):
+    """On a page alone, and on one in the corner of a larger canvas."""
+    torch.manual_seed(0)
+    moving = {name: STRONG[name] for name in GEOMETRY if name not in ("elastic_px", "tremor_px")}
+    page = specks(PLACES)
+    canvas = np.zeros((120, 200) if size is None else (152, 264), np.uint8)
+    canvas[: page.shape[0], : page.shape[1]] = page
+    images = torch.from_numpy(canvas).repeat(40, 1, 1, 1)
+    sizes = None if size is None else torch.tensor([size] * 40)
+    letters = torch.tensor(PLACES, dtype=torch.float32).repeat(40, 1, 1)
+    letters = torch.cat([letters, torch.full((40, 1, 2), torch.nan)], dim=1)
+    pages, moved = Augment(Strengths(**moving)).with_letters(images, letters, sizes)
+    assert moved[:, -1].isnan().all()
+    for page, places in zip(pages[:, 0].numpy(), moved[:, :-1].numpy(), strict=True):
+        assert np.abs(centres(page, places) - places).max() < 0.6
+    assert float((moved - letters)[:, :-1].abs().max()) > 10, "or the test shows nothing"
+    unmoved, same = Augment(Strengths(noise=0.1)).with_letters(images, letters, sizes)
+    assert torch.equal(same[:, :-1], letters[:, :-1]) and not torch.equal(unmoved, images)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from paragraph_ocr.data.augment import Augment, Strengths
-from paragraph_ocr.data.augment_page import augment_page
+from paragraph_ocr.data.augment_page import augment_page, augment_with_letters
 
 COUNT = 150
 
@@ -360,3 +360,26 @@ def test_neighbours_keep_to_pages_that_are_smaller_than_their_canvas():
     changed = Augment(Strengths(neighbours_px=16.0))(batch, sizes)[:, 0].numpy()
     assert not changed[:, 160:].any() and not changed[:, :, 200:].any()
     assert changed[:, 150:160].any()
+
+
+def test_places_of_letters_go_where_the_ink_goes():
+    places = np.array([(40.0, 30.0), (100.0, 30.0), (160.0, 30.0), (40.0, 90.0), (np.nan, np.nan)])
+    ys, xs = np.mgrid[:120, :200] + 0.5
+    ink = [np.exp(-(np.square(xs - x) + np.square(ys - y)) / 8) for x, y in places[:-1]]
+    page = (255 * np.max(ink, axis=0)).astype(np.uint8)
+    strengths = Strengths(
+        **{name: STRONG[name] for name in MOVING if name not in ("elastic_px", "tremor_px")}
+    )
+    farthest = 0.0
+    for number in range(40):
+        found, moved = augment_with_letters(
+            page, places, strengths, np.random.default_rng([7, number])
+        )
+        assert (found == augment_page(page, strengths, np.random.default_rng([7, number]))).all()
+        assert np.isnan(moved[-1]).all()
+        for x, y in moved[:-1]:
+            near = found * ((np.abs(xs - x) < 9) & (np.abs(ys - y) < 9))
+            centre = np.average(xs, weights=near), np.average(ys, weights=near)
+            assert max(abs(centre[0] - x), abs(centre[1] - y)) < 0.6
+        farthest = max(farthest, np.nanmax(np.abs(moved - places)))
+    assert farthest > 10, "or the test shows nothing"

@@ -39,6 +39,29 @@ def test_a_batch_holds_every_image_and_text(dataset, vocabulary):
         assert whole.count_nonzero() == height * width  # the rest is paper
 
 
+def test_letters_are_where_their_tokens_are(tmp_path, vocabulary):
+    places = np.arange(8).reshape(4, 2)
+    with StoreWriter(tmp_path / "a.h5", fingerprint="abc") as writer:
+        image = np.ones((20, 30), np.uint8)
+        for text, letters in (("ab\nc d", places), ("e", None)):
+            writer.add(pack(Paragraph(image, text, "train", "", "", letters)))
+    dataset = ParagraphDataset(Store(tmp_path / "a.h5"), [0, 1], vocabulary)
+    nan = torch.nan
+    expected = [[nan] * 2, [0, 1], [2, 3], [nan] * 2, [4, 5], [nan] * 2, [6, 7], [nan] * 2]
+    batch = collate([dataset[1], dataset[0]], padding=LabelPadding(9))
+    assert batch.letters[0].isnan().all()
+    expected.append([nan] * 2)
+    torch.testing.assert_close(batch.letters[1], torch.tensor(expected), equal_nan=True)
+    other = Vocabulary([*"abcd\n"], unknown="drop")
+    changed = ParagraphDataset(Store(tmp_path / "a.h5"), [0], other)[0]
+    assert len(changed.letters) == len(changed.tokens) == 7
+    assert np.isnan(changed.letters).all(), "it is not the text whose letters were placed"
+
+
+def test_where_no_letter_of_a_store_is_known_a_batch_says_none(dataset):
+    assert collate([dataset[0], dataset[1]]).letters is None
+
+
 def test_labels_are_as_long_as_the_longest_of_the_batch(dataset):
     for indices in ([0], [0, 2], [0, 1, 2]):
         tokens = collate([dataset[index] for index in indices]).tokens

@@ -37,7 +37,11 @@ class Mixed:
                 size = [side - int(generator.integers(3)) * (number % 3 == 0) for side in canvas]
                 text = "".join(generator.choice([*"abc "], 1 + generator.integers(20)))
                 page = generator.integers(1, 256, size=size, dtype=np.uint8)
-                made.append(pack(Paragraph(page, f"x{text}x", split, "", ""), canvas=canvas))
+                letters = None
+                if number % 2:
+                    letters = generator.integers(8, size=(2 + len(text.replace(" ", "")), 2))
+                paragraph = Paragraph(page, f"x{text}x", split, "", "", letters)
+                made.append(pack(paragraph, canvas=canvas))
         return write_store(self, root, made, total=len(made))
 
 
@@ -55,13 +59,12 @@ def make(tmp_path, vocabulary):
 
 
 def assert_same(batch: Batch, other: Batch) -> None:
-    for name in ("images", "tokens", "sizes", "rows"):
+    for name in ("images", "tokens", "sizes", "rows", "letters"):
         one, two = getattr(batch, name), getattr(other, name)
         if one is None:
             assert two is None
         else:
-            assert one.dtype == two.dtype
-            assert torch.equal(one, two), name
+            torch.testing.assert_close(one, two, atol=0, rtol=0, equal_nan=True, msg=name)
 
 
 @pytest.mark.parametrize("placement", ["host", "gpu"])

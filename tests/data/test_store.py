@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -52,6 +53,38 @@ def test_a_store_gives_back_what_was_written(tmp_path):
         assert store.writers[row] == paragraph.writer
         assert tuple(store.sizes[row]) == paragraph.image.shape == store.canvas(row)
     assert store.rows("val") == [1, 4, 7]
+
+
+def with_letters() -> list[Paragraph]:
+    """Return the paragraphs, every second of which says where its letters are."""
+    generator = np.random.default_rng(1)
+    return [
+        replace(paragraph, letters=generator.integers(0, 20, size=(10, 2))) if n % 2 else paragraph
+        for n, paragraph in enumerate(paragraphs())
+    ]
+
+
+def test_a_store_keeps_where_letters_are(tmp_path):
+    store = Store(write(tmp_path / "a.h5", with_letters()))
+    for row, paragraph in enumerate(with_letters()):
+        wanted = np.zeros((0, 2)) if paragraph.letters is None else paragraph.letters
+        assert np.array_equal(store.letters(row), wanted)
+    plain = Store(write(tmp_path / "b.h5"))
+    assert {plain.letters(row) is None for row in range(9)} == {True}
+
+
+def test_letters_that_are_not_those_of_the_text_are_refused(tmp_path):
+    wrong = replace(paragraphs()[0], letters=np.zeros((11, 2)))
+    with pytest.raises(ValueError, match="letters at"):
+        pack(wrong)
+    for name in ("num_letters", "letters"):
+        path = write(tmp_path / f"{name}.h5", with_letters())
+        with h5py.File(path, "r+") as file:
+            values = file[name][:]
+            del file[name]
+            file[name] = values[:-1] if name == "letters" else values + 1
+        with pytest.raises(UserError, match="no whole store"):
+            Store(path)
 
 
 def test_images_are_padded_with_paper_to_a_canvas_and_keep_their_true_size(tmp_path):

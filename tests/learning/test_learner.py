@@ -75,6 +75,34 @@ def test_token_noise_changes_a_share_of_the_characters_and_no_special_token():
     assert add_token_noise(tokens, share=0.0, first=4, num_tokens=84) is tokens
 
 
+def test_guidance_is_a_part_of_the_cost_and_none_of_the_loss(tmp_path):
+    from paragraph_ocr import build, build_model
+
+    def sums(guidance, data="synthetic_lines"):
+        typed = ["model=tiny", "debug=ci", f"datamodule={data}", "regularization=none"]
+        typed += ["datamodule.num_train=8", "trainer=cpu", f"outputs={tmp_path}"]
+        experiment = validate(compose([*typed, f"regularization.guidance={guidance}"]))
+        pl.seed_everything(0, verbose=False)
+        vocabulary = build.build_vocabulary(experiment)
+        recognizer = build_model.build_recognizer(experiment, vocabulary)
+        learner = build.build_learner(experiment, recognizer, vocabulary)
+        pages = build.build_pages(experiment, vocabulary)
+        pages.prepare_data()
+        pages.setup()
+        cost, sums = learner.training_loss(next(iter(pages.train_dataloader())))
+        return cost.detach(), *sums
+
+    cost, count, loss, unheeded = sums(0)
+    assert cost == loss and unheeded == 0
+    guided, same_count, same_loss, guidance = sums(0.5)
+    assert (count, loss) == (
+        same_count,
+        same_loss,
+    ) and guidance > count  # more than e to choose from
+    assert guided == pytest.approx(loss + 0.5 * guidance)
+    assert sums(0.5, data="fake")[3] == 0, "nobody knows where noise has letters"
+
+
 class Answers(TorchFunctionMode):
     """Notes what Python asks a tensor of float numbers for: a GPU would be waited for."""
 

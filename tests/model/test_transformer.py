@@ -3,6 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from paragraph_ocr.model.generate import Greedy
+from paragraph_ocr.model.reader import Letters
+from paragraph_ocr.reading.explain import attention_weights
 
 PAD = 3
 
@@ -27,6 +29,86 @@ def test_padding_of_the_canvas_leaves_logits_and_reading_as_they_were(make_recog
     assert [r.tokens for r in plain] == [r.tokens for r in padded]
 
 
+def some_letters(tokens):
+    """Return letters to be read on pages of 48x80 px, every third of them at a place that nobody knows."""
+    places = torch.rand(*tokens.shape, 2) * torch.tensor([80.0, 48.0])
+    places[:, ::3] = torch.nan
+    return Letters(tokens.roll(-1, dims=1), places)
+
+
+def tamed(recognizer):
+    """Return it with its weights as they are before training, which the fixture has made larger."""
+    for parameter in recognizer.decoder.layers.parameters():
+        if parameter.ndim == 2:
+            parameter.data /= 3
+    recognizer.project.weight.data /= 30
+    return recognizer
+
+
+def slow_guidance(recognizer, pages, tokens, letters, sizes=None):
+    """Return the same as `teach`, letter by letter, from the weights that `explain` sees."""
+    memory = recognizer.encode(pages, sizes)
+    weights = []
+
+    def record(module, inputs, keywords, _):
+        weights.append(attention_weights(module, *inputs, **keywords))
+
+    hooks = [
+        layer.cross_attention.register_forward_hook(record, with_kwargs=True)
+        for layer in recognizer.decoder.layers
+    ]
+    recognizer(pages, tokens, sizes)
+    for hook in hooks:
+        hook.remove()
+    down, across = recognizer.encoder.stride
+    cost = 0.0
+    for page in range(len(tokens)):
+        for place, (x, y) in enumerate(letters.places[page].tolist()):
+            if x != x:
+                continue
+            cell = min(int(y // down), memory.grid[0] - 1) * memory.grid[1]
+            cell += min(int(x // across), memory.grid[1] - 1)
+            read = recognizer.decoder.logits(memory.states[page, cell]).log_softmax(dim=-1)
+            cost -= float(read[letters.tokens[page, place]])
+            for layer in weights[1:]:
+                cost -= float(layer[page, 0, place, cell].log()) / (len(weights) - 1)
+    return cost
+
+
+def test_guidance_costs_what_reading_and_looking_elsewhere_cost(make_recognizer, pages):
+    recognizer = tamed(make_recognizer())
+    tokens = torch.randint(4, 20, (6, 10))
+    letters = some_letters(tokens)
+    with torch.no_grad():
+        logits, guidance = recognizer.teach(pages, tokens, None, letters)
+        torch.testing.assert_close(logits, recognizer(pages, tokens))
+        slow = slow_guidance(recognizer, pages, tokens, letters)
+        assert float(guidance) == pytest.approx(slow, rel=1e-4)
+        # on a larger canvas, whose padding nobody looks at
+        canvas = F.pad(pages, (0, 37, 0, 29), value=200)
+        sizes = torch.tensor([[48, 80]] * 6)
+        padded = recognizer.teach(canvas, tokens, sizes, letters)[1]
+        assert float(padded) == pytest.approx(slow, rel=1e-3)
+
+
+def test_guided_heads_learn_to_look_where_the_next_letter_is(make_recognizer, pages):
+    recognizer = tamed(make_recognizer()).train()
+    tokens = torch.randint(4, 20, (6, 10))
+    rows, columns = recognizer.encode(pages).grid
+    cells = torch.stack([torch.randperm(rows * columns)[:10] for _ in tokens])  # a letter each
+    places = torch.stack([cells % columns * 80 / columns + 3, cells // columns * 48 / rows + 3], -1)
+    letters = Letters(tokens.roll(-1, dims=1), places)
+    optimizer = torch.optim.Adam(recognizer.parameters(), lr=3e-3)
+    first = None
+    for _ in range(60):
+        guidance = recognizer.teach(pages, tokens, None, letters)[1]
+        first = float(guidance.detach()) if first is None else first
+        optimizer.zero_grad()
+        guidance.backward()
+        optimizer.step()
+    assert float(guidance.detach()) / 60 < 0.2 < 1 < first / 60
+
+
 @pytest.mark.parametrize("vary", [False, True])
 def test_compiled_it_gives_the_same_logits_on_every_canvas(
     make_recognizer, pages, monkeypatch, vary
@@ -43,9 +125,14 @@ def test_compiled_it_gives_the_same_logits_on_every_canvas(
     for canvas in (pages, F.pad(pages, (0, 32, 0, 32))):
         for length in (10, 6):
             tokens = torch.randint(4, 20, (6, length))
-            torch.testing.assert_close(compiled(canvas, tokens), recognizer(canvas, tokens))
+            logits, guidance = compiled(canvas, tokens)
+            torch.testing.assert_close(logits, recognizer(canvas, tokens))
+            assert guidance is None
+            letters = some_letters(tokens)
+            expected = recognizer.teach(canvas, tokens, None, letters)
+            torch.testing.assert_close(compiled(canvas, tokens, None, letters), expected)
     # where lengths vary on each of many canvases, the decoder's work is left out
-    whole, part = (recognizer.forward, {}), (recognizer.encode, {"dynamic": False})
+    whole, part = (recognizer.teach, {}), (recognizer.encode, {"dynamic": False})
     assert compiled_with == [part if vary else whole]
 
 

@@ -74,8 +74,8 @@ class Training:
     def step(self, batch: Batch) -> Tensor:
         """Return the loss of a batch that lies on the device, and learn from it."""
         with self.fabric.autocast():
-            loss, count = self.learner.training_loss(batch)
-        loss = loss / count
+            loss, sums = self.learner.training_loss(batch)
+        loss = loss / sums.tokens
         self.optimizer.zero_grad()
         self.fabric.backward(loss)
         if self.clip:

@@ -123,6 +123,11 @@ def _check_line_cnn(model: LineCnnModel, experiment: Experiment) -> None:
         )
     if experiment.decoding.name == "beam":
         raise UserError("decoding=beam does nothing for model=line_cnn. Pass decoding=greedy.")
+    if experiment.regularization.guidance:
+        raise UserError(
+            f"regularization.guidance={experiment.regularization.guidance:g} does nothing for "
+            "model=line_cnn, which looks at windows in their order. Pass regularization.guidance=0."
+        )
 
 
 def _check_vocabulary(vocabulary: VocabularyConfig) -> None:

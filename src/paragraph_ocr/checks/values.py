@@ -65,6 +65,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "regularization.label_smoothing": (0, 0.99),
     "regularization.gradient_clip": (0, 1e9),
     "regularization.token_noise": (0, 0.99),
+    "regularization.guidance": (0, 100),
     "regularization.ema": (0, 0.999999),
     "regularization.augmentation.rotation_deg": (0, 45),
     "regularization.augmentation.shear_deg": (0, 60),

@@ -102,13 +102,31 @@ class Augment(nn.Module):
     def forward(
         self, images: UInt8[Tensor, "B 1 H W"], sizes: Int[Tensor, "B 2"] | None = None
     ) -> UInt8[Tensor, "B 1 H W"]:
+        return self.with_letters(images, None, sizes)[0]
+
+    @torch.no_grad()
+    def with_letters(
+        self,
+        images: UInt8[Tensor, "B 1 H W"],
+        letters: Float[Tensor, "B L 2"] | None,
+        sizes: Int[Tensor, "B 2"] | None = None,
+    ) -> tuple[UInt8[Tensor, "B 1 H W"], Float[Tensor, "B L 2"] | None]:
+        """Return the pages, and where places of x and y in pixels on them have gone, but for what
+        `elastic_px` and `tremor_px` move them."""
         strengths = self.strengths
         if not strengths.work:
-            return images
+            return images, letters
         coarse, fine = _curves(images, COARSE_PX), _curves(images, FINE_PX)
         pages = images.float() / 255
         if strengths.move:
-            grid = self._grid(pages, sizes, coarse, fine)
+            # filled on the device: a copy from the host would hold a GPU up
+            sides = torch.cat([pages.new_full((1,), side) for side in pages.shape[:1:-1]])
+            half = (sides.expand(len(pages), 2) if sizes is None else sizes.flip(1)) / 2
+            reach = 1 + strengths.elastic_px + strengths.tremor_px
+            view = _keep_ink(pages, self._view(pages, half), half, reach=reach)
+            grid = self._grid(pages, view, half, sides, coarse, fine)
+            if letters is not None:
+                letters = view.moved(letters, half)
             pages = F.grid_sample(pages, grid, padding_mode="zeros", align_corners=False)
         if strengths.neighbours_px:
             pages = _with_neighbours(pages, sizes, strengths.neighbours_px)
@@ -141,21 +159,19 @@ class Augment(nn.Module):
         if black_and_white is not None:
             chosen = _uniform(pages) < strengths.threshold
             pages = torch.where(chosen, black_and_white.to(pages.dtype), pages)
-        return (pages.clamp(0, 1) * 255).round().to(torch.uint8)
+        return (pages.clamp(0, 1) * 255).round().to(torch.uint8), letters
 
     def _grid(
         self,
         pages: Float[Tensor, "B 1 H W"],
-        sizes: Int[Tensor, "B 2"] | None,
+        view: "View",
+        half: Float[Tensor, "B 2"],
+        sides: Float[Tensor, " 2"],
         coarse: "Curves",
         fine: "Curves",
     ) -> Float[Tensor, "B H W 2"]:
         """Return where each pixel comes from: projective about the centre, and elastic beyond it."""
         height, width = pages.shape[2:]
-        # filled on the device: a copy from the host would hold a GPU up
-        canvas = torch.cat([pages.new_full((1,), side) for side in (width, height)])
-        half = (canvas.expand(len(pages), 2) if sizes is None else sizes.flip(1)) / 2
-        view = _keep_ink(pages, self._view(pages, half), half, reach=1 + self._elastic_reach)
         middle = half + view.shift
         across = torch.arange(width, device=pages.device) + 0.5 - middle[:, :1]
         down = torch.arange(height, device=pages.device) + 0.5 - middle[:, 1:]
@@ -172,13 +188,9 @@ class Augment(nn.Module):
         ):
             if strength:
                 grid = torch.addcmul(grid, strength * _uniform(pages), _field(pages, curves, 2))
-        scale = 2 / canvas
+        scale = 2 / sides
         grid = grid * scale[:, None, None] + (half * scale - 1)[:, :, None, None]
         return grid.permute(0, 2, 3, 1)
-
-    @property
-    def _elastic_reach(self) -> float:
-        return self.strengths.elastic_px + self.strengths.tremor_px
 
     def _view(self, pages: Tensor, half: Float[Tensor, "B 2"]) -> "View":
         """Draw how each page is seen."""
@@ -206,6 +218,18 @@ class View(NamedTuple):
     back: Float[Tensor, "B 2 2"]
     tilt: Float[Tensor, "B 2"]
     shift: Float[Tensor, "B 2"]
+
+    def moved(
+        self, places: Float[Tensor, "B L 2"], half: Float[Tensor, "B 2"]
+    ) -> Float[Tensor, "B L 2"]:
+        """Return where places on the page have gone, both in pixels from its top left.
+
+        Args:
+            half: of the page's extent.
+        """
+        flat = (places - half[:, None]) @ _inverse(self.back).transpose(1, 2)
+        depth = 1 - flat @ self.tilt[:, :, None]
+        return flat / depth + (self.shift + half)[:, None]
 
 
 def _keep_ink(

@@ -2,6 +2,7 @@
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -42,12 +43,29 @@ def augment_page(
 
     All that is random comes from the generator; the input is not modified. Ink stays on the page.
     """
-    if not strengths.work:
-        return page
-    uniform = generator.random
+    return augment_with_letters(page, None, strengths, generator)[0]
+
+
+def augment_with_letters(
+    page: np.ndarray,
+    letters: np.ndarray | None,
+    strengths: Strengths,
+    generator: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the page as `augment_page` does, and where places (n, 2) of x and y on it have gone, but for
+    what `elastic_px` and `tremor_px` move them."""
     if strengths.move:
-        sources = _sources(page, strengths, generator)
+        view = _view(page, strengths, generator)
+        sources = _sources(page, view, strengths, generator)
+        if letters is not None:
+            letters = _moved(letters, view, page.shape)
         page = cv2.remap(page, sources, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)  # type: ignore[call-overload]
+    return _changed(page, strengths, generator), letters
+
+
+def _changed(page: np.ndarray, strengths: Strengths, generator: np.random.Generator) -> np.ndarray:
+    """Return the page after all that moves nothing."""
+    uniform = generator.random
     if strengths.neighbours_px:
         page = _with_neighbours(page, strengths.neighbours_px, generator)
     if strengths.pen_px:
@@ -160,10 +178,12 @@ def _as_large(page: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return cv2.resize(page, shape[::-1], interpolation=cv2.INTER_LINEAR)
 
 
-def _sources(page: np.ndarray, strengths: Strengths, generator: np.random.Generator) -> np.ndarray:
+def _sources(
+    page: np.ndarray, view: "_View", strengths: Strengths, generator: np.random.Generator
+) -> np.ndarray:
     """Return where each pixel comes from, float32 (H, W, 2), as (x, y) from the top left."""
     height, width = page.shape
-    back, tilt, shift = _view(page, strengths, generator)
+    back, tilt, shift = view
     xs, ys = (
         ((np.arange(-1, math.ceil(length / _STEP_PX) + 1) + 0.5) * _STEP_PX - length / 2)
         for length in (width, height)
@@ -185,10 +205,24 @@ def _sources(page: np.ndarray, strengths: Strengths, generator: np.random.Genera
     return _every_pixel(places, page.shape)
 
 
-def _view(
-    page: np.ndarray, strengths: Strengths, generator: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return back (2, 2), tilt (2,) and shift (2,) as in `augment.View`, all ink kept on the page."""
+class _View(NamedTuple):
+    """As `augment.View`, for one page."""
+
+    back: np.ndarray  # (2, 2)
+    tilt: np.ndarray  # (2,)
+    shift: np.ndarray  # (2,)
+
+
+def _moved(places: np.ndarray, view: _View, shape: tuple[int, ...]) -> np.ndarray:
+    """Return where places (n, 2) of x and y on a page have gone: what the view maps back to them."""
+    middle = np.array(shape[::-1]) / 2
+    flat = (places - middle) @ np.linalg.inv(view.back).T
+    moved = flat / (1 - flat @ view.tilt)[:, None] + view.shift + middle
+    return moved.astype(np.float32)
+
+
+def _view(page: np.ndarray, strengths: Strengths, generator: np.random.Generator) -> _View:
+    """Draw how the page is seen, all ink kept on it."""
     height, width = page.shape
 
     def either_way(strength: float) -> float:
@@ -217,7 +251,7 @@ def _view(
     room = np.array([width, height]) - 2.0
     size = min(1.0, *(room / (high - low)))
     shift = np.minimum(np.maximum(shift, -room / 2 - low * size), room / 2 - high * size)
-    return back / size, tilt / size, shift
+    return _View(back / size, tilt / size, shift)
 
 
 def _field(shape: tuple[int, ...], spacing_px: int, generator: np.random.Generator) -> np.ndarray:

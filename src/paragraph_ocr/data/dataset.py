@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from paragraph_ocr.batch import Batch
 from paragraph_ocr.data.augment import Strengths
-from paragraph_ocr.data.augment_page import augment_page
+from paragraph_ocr.data.augment_page import augment_with_letters
 from paragraph_ocr.data.store import Store
 from paragraph_ocr.vocabulary import Vocabulary
 
@@ -22,6 +22,9 @@ class Item(NamedTuple):
     tokens: list[int]
     size: tuple[int, int]
     row: int
+    letters: np.ndarray | None = None
+    """float32 (tokens, 2): x and y in pixels of the middle of each token's ink, NaN where there is none or
+    nobody knows; None if that holds for the whole store."""
 
 
 class ParagraphDataset(Dataset[Item]):
@@ -50,9 +53,23 @@ class ParagraphDataset(Dataset[Item]):
         epoch, position = divmod(index, len(self))
         row = self.rows[position]
         height, width = map(int, self.store.sizes[row])
-        tokens = self.vocabulary.encode(self.vocabulary.prepare(self.store.texts[row]))
-        item = Item(self.store.image(row), tokens, (height, width), row)
+        text = self.store.texts[row]
+        prepared = self.vocabulary.prepare(text)
+        tokens = self.vocabulary.encode(prepared)
+        letters = self.store.letters(row)
+        if letters is not None:
+            letters = _by_token(letters if prepared == text else letters[:0], text, len(tokens))
+        item = Item(self.store.image(row), tokens, (height, width), row, letters)
         return augmented(item, self.augmentation, key=(epoch, row))
+
+
+def _by_token(letters: np.ndarray, text: str, num_tokens: int) -> np.ndarray:
+    """Return the places of a text's letters, if there are any, as those of its tokens, from the start on."""
+    places = np.full((num_tokens, 2), np.nan, np.float32)
+    if len(letters):
+        inked = [not character.isspace() for character in text]
+        places[1 + np.flatnonzero(inked)] = letters
+    return places
 
 
 def augmented(
@@ -65,8 +82,11 @@ def augmented(
     height, width = item.size
     canvas = np.zeros_like(item.image)
     generator = np.random.default_rng([seed, *key])
-    canvas[:height, :width] = augment_page(item.image[:height, :width], strengths, generator)
-    return item._replace(image=canvas)
+    page, letters = augment_with_letters(
+        item.image[:height, :width], item.letters, strengths, generator
+    )
+    canvas[:height, :width] = page
+    return item._replace(image=canvas, letters=letters)
 
 
 class HeldDataset(Dataset[Item]):
@@ -130,4 +150,16 @@ def collate(items: Sequence[Item], *, padding: LabelPadding = TO_LONGEST) -> Bat
     sizes = torch.tensor([item.size for item in items])
     filled = bool((sizes == torch.tensor([height, width])).all())
     rows = torch.tensor([item.row for item in items])
-    return Batch(images, tokens, None if filled else sizes, rows)
+    return Batch(images, tokens, None if filled else sizes, rows, _letters(items, length))
+
+
+def _letters(items: Sequence[Item], length: int) -> torch.Tensor | None:
+    """Return the places of the items' letters, "B L 2"; None if no item knows them."""
+    if all(item.letters is None for item in items):
+        return None
+    letters = torch.full((len(items), length, 2), torch.nan)
+    places = letters.numpy()
+    for index, item in enumerate(items):
+        if item.letters is not None:
+            places[index, : len(item.letters)] = item.letters
+    return letters

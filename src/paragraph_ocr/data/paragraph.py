@@ -21,3 +21,6 @@ class Paragraph:
     """Where it comes from: a face, the name of a scan."""
     writer: str
     """Whose hand; paragraphs of one writer share it."""
+    letters: np.ndarray | None = None
+    """int16 (n, 2): x and y in pixels of the middle of each character that is no white space, in their order;
+    None where nobody knows."""

@@ -63,6 +63,7 @@ class PlacedDataset(Dataset[Batch]):
             for index, canvas in enumerate(self._canvases)
         ]
         labels: list[list[int]] = []
+        letters: list[np.ndarray | None] = []
         sizes: list[tuple[int, int]] = []
         rows: list[int] = []
         for items in _read_together(dataset):
@@ -74,6 +75,7 @@ class PlacedDataset(Dataset[Batch]):
                 together = torch.from_numpy(np.stack([items[i].image for i in chosen]))
                 self._pages[index][first : first + len(chosen)].copy_(together)
             labels += [item.tokens for item in items]
+            letters += [item.letters for item in items]
             sizes += [item.size for item in items]
             rows += [item.row for item in items]
         self._lengths, self._sizes = np.array([*map(len, labels)]), np.array(sizes)
@@ -82,6 +84,7 @@ class PlacedDataset(Dataset[Batch]):
         for label, padded in zip(labels, tokens, strict=True):
             padded[: len(label)] = label
         self._tokens = torch.from_numpy(tokens).to(device)
+        self._letters = _placed(letters, longest, device)
         self._sizes_there = torch.from_numpy(self._sizes).to(device)
         self._rows = torch.tensor(rows).to(device)
 
@@ -93,12 +96,14 @@ class PlacedDataset(Dataset[Batch]):
         index = self._there(items)
         images = self._images(items)
         filled = bool((self._sizes[items] == images.shape[2:]).all())
-        labels = self._tokens[:, : self._padding.length(int(self._lengths[items].max()))]
+        length = self._padding.length(int(self._lengths[items].max()))
+        letters = self._letters
         return Batch(
             images,
-            labels.index_select(0, index).long(),
+            self._tokens[:, :length].index_select(0, index).long(),
             None if filled else self._sizes_there.index_select(0, index),
             self._rows.index_select(0, index),
+            None if letters is None else letters[:, :length].index_select(0, index).float(),
         )
 
     @property
@@ -140,6 +145,20 @@ class PlacedDataset(Dataset[Batch]):
         if self.device.type != "cuda":
             return index_here
         return index_here.pin_memory().to(self.device, non_blocking=True)
+
+
+def _placed(
+    letters: Sequence[np.ndarray | None], length: int, device: torch.device
+) -> Tensor | None:
+    """Return the places of all letters, "items L 2", in 16 bits, which have every quarter of a pixel up to
+    512 and every pixel up to 2,048; None if none are known."""
+    if all(each is None for each in letters):
+        return None
+    together = np.full((len(letters), length, 2), np.nan, np.float16)
+    for each, places in zip(letters, together, strict=True):
+        if each is not None:
+            places[: len(each)] = each
+    return torch.from_numpy(together).to(device)
 
 
 def require_room(

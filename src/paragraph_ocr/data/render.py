@@ -21,8 +21,9 @@ from paragraph_ocr.data import strokes
 from paragraph_ocr.data.fonts import Face
 from paragraph_ocr.data.strokes import ENTERS, LEAVES, Measures
 
-RENDERER_VERSION = 5
-"""Part of every rendered store's fingerprint: raise it whenever the same arguments draw otherwise."""
+RENDERER_VERSION = 6
+"""Part of every rendered store's fingerprint: raise it whenever the same arguments draw otherwise, or a store
+keeps more of what is drawn."""
 
 LARGEST_PX = 64
 """Greatest pitch of lines in pixels; a short note is not blown up to fill a page."""

@@ -4,6 +4,8 @@
     /canvas, /place   for each row: index into the attribute `canvases`, and place in that dataset
     /size             for each row: true height and width in pixels, from the top left
     /text, /split, /source, /writer
+    /num_letters      for each row, if any paragraph says where its letters are: how many do; 0 is unknown
+    /letters          int16 (all of them, 2): x and y in pixels of each row's letters, row after row
     attributes        format, version, fingerprint, canvases
 
 A file is written aside and renamed when whole, and never changes afterwards.
@@ -15,9 +17,9 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
@@ -32,6 +34,7 @@ VERSION = 1
 
 _NUMBERS: dict[str, tuple[int, ...]] = {"canvas": (), "place": (), "size": (2,)}
 _WORDS = ("text", "split", "source", "writer")
+_NO_LETTERS = np.zeros((0, 2), np.int16)
 
 MAX_ROWS = 10_000_000
 MAX_CANVAS_PX = 65_535
@@ -55,6 +58,8 @@ class PackedParagraph:
     split: str
     source: str
     writer: str
+    letters: np.ndarray = field(default_factory=_NO_LETTERS.copy)
+    """As in `Paragraph`; empty where nobody knows."""
 
 
 def pack(paragraph: Paragraph, *, canvas: tuple[int, int] | None = None) -> PackedParagraph:
@@ -63,13 +68,17 @@ def pack(paragraph: Paragraph, *, canvas: tuple[int, int] | None = None) -> Pack
     The image lies at the top left, the rest is paper. None: the canvas is the image.
 
     Raises:
-        ValueError: not a uint8 image of two axes, larger than the canvas, or an unknown split.
+        ValueError: not a uint8 image of two axes, larger than the canvas, an unknown split, or letters
+            that are not those of the text.
     """
     image = paragraph.image
     if image.dtype != np.uint8 or image.ndim != 2:
         raise ValueError(f"an image is uint8 (H, W), not {image.dtype} {image.shape}")
     if paragraph.split not in SPLITS:
         raise ValueError(f"split {paragraph.split!r} is none of {SPLITS}")
+    letters = _NO_LETTERS if paragraph.letters is None else paragraph.letters.astype(np.int16)
+    if paragraph.letters is not None and letters.shape != (num_letters(paragraph.text), 2):
+        raise ValueError(f"{paragraph.text!r} does not have letters at {letters.shape} places")
     height, width = image.shape
     canvas = canvas or (height, width)
     if height > canvas[0] or width > canvas[1]:
@@ -86,7 +95,13 @@ def pack(paragraph: Paragraph, *, canvas: tuple[int, int] | None = None) -> Pack
         split=paragraph.split,
         source=paragraph.source,
         writer=paragraph.writer,
+        letters=letters,
     )
+
+
+def num_letters(text: str) -> int:
+    """Return how many characters of a text are no white space."""
+    return len("".join(text.split()))
 
 
 class StoreWriter:
@@ -106,6 +121,7 @@ class StoreWriter:
         self._fingerprint = fingerprint
         self._places: dict[tuple[int, int], int] = {}  # rows so far on each canvas
         self._columns: dict[str, list] = {name: [] for name in (*_NUMBERS, *_WORDS)}
+        self._letters: list[np.ndarray] = []
 
     def __enter__(self) -> "StoreWriter":
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,6 +149,7 @@ class StoreWriter:
         self._columns["place"].append(place)
         for name in ("size", *_WORDS):
             self._columns[name].append(getattr(packed, name))
+        self._letters.append(packed.letters)
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         try:
@@ -179,6 +196,11 @@ class StoreWriter:
             self._file.create_dataset(
                 name, data=self._columns[name], dtype=h5py.string_dtype(), track_times=False
             )
+        counts = np.array([*map(len, self._letters)], np.int32)
+        if counts.any():
+            together = np.concatenate(self._letters)
+            self._file.create_dataset("num_letters", data=counts, track_times=False)
+            self._file.create_dataset("letters", data=together, track_times=False)
         self._file.attrs.update(
             format=FORMAT,
             version=VERSION,
@@ -292,6 +314,7 @@ class Store:
             raise ValueError("a page is larger than its canvas")
         if unknown := {*self.splits} - {*SPLITS}:
             raise ValueError(f"a row is of split {sorted(unknown)[0][:20]!r}")
+        self._letters, self._ends = _letters(file, self.texts)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -311,6 +334,13 @@ class Store:
     def canvas(self, row: int) -> tuple[int, int]:
         """Return height and width in pixels of the row's image as stored, padding included."""
         return self.canvases[self._canvas_of[row]]
+
+    def letters(self, row: int) -> np.ndarray | None:
+        """Return where the row's letters are, as `Paragraph.letters`: empty if nobody knows, None if nobody
+        does of any row."""
+        if self._letters is None:
+            return None
+        return self._letters[self._ends[row] : self._ends[row + 1]]
 
     def image(self, row: int) -> np.ndarray:
         """Return the row's whole canvas, uint8 (H, W): 0 is paper, 255 is ink.
@@ -388,6 +418,18 @@ def _words(column: h5py.Dataset, name: str, length: int, *, longest: int) -> lis
             raise ValueError(f"{name} holds more characters than the file")
         words += rows
     return words
+
+
+def _letters(file: h5py.File, texts: Sequence[str]) -> tuple[np.ndarray | None, np.ndarray]:
+    """Return the places of all letters, and where among them those of each row begin and end."""
+    if "num_letters" not in file:
+        return None, np.zeros(0, int)
+    counts = _numbers(_column(file, "num_letters"), "num_letters", (len(texts),))
+    wanted = np.array([*map(num_letters, texts)], int)
+    if ((counts != wanted) & (counts != 0)).any():
+        raise ValueError("a row has letters that are not those of its text")
+    ends = np.concatenate([[0], np.cumsum(counts, dtype=int)])
+    return _numbers(_column(file, "letters"), "letters", (int(ends[-1]), 2)), ends
 
 
 def _images(file: h5py.File, canvas: tuple[int, int]) -> h5py.Dataset:

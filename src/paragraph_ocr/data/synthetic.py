@@ -98,7 +98,8 @@ class SyntheticCorpus(GeneratedCorpus):
                 uneven_lines=self.uneven_lines,
                 generator=generator,
             )
-            return Paragraph(drawing.image, drawing.text, split, face.name, face.name)
+            middles = (drawing.letters[:, :2] + drawing.letters[:, 2:]) // 2
+            return Paragraph(drawing.image, drawing.text, split, face.name, face.name, middles)
 
         return make
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -25,8 +25,9 @@ PADDED_LENGTH = 64
 _MOST = 64
 """Shapes recorded at most; further ones are computed step by step."""
 
-Loss = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-"""From images "B 1 H W", tokens "B L" and sizes "B 2" to a loss and the number of its tokens."""
+Loss = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+"""From images "B 1 H W", tokens "B L", sizes "B 2" and places of letters "B L 2" to a loss, and to figures
+without a gradient that are told beside it."""
 
 
 class RecordedLoss:
@@ -54,16 +55,19 @@ class RecordedLoss:
         images: UInt8[Tensor, "B 1 H W"],
         tokens: Int[Tensor, "B L"],
         sizes: Int[Tensor, "B 2"] | None,
+        letters: Float[Tensor, "B L 2"] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return loss and number of tokens; its gradient is that of the plain loss."""
+        """Return the loss and the figures beside it; its gradient is that of the plain loss."""
         if not images.is_cuda:
-            return self._loss(images, tokens, sizes)
+            return self._loss(images, tokens, sizes, letters)
         # inputs are all tokens but the last, so one more than a multiple
         length = PADDED_LENGTH * math.ceil((tokens.shape[1] - 1) / PADDED_LENGTH) + 1
         short = max(0, min(length, self._longest) - tokens.shape[1])
         tokens = F.pad(tokens, (0, short), value=self._pad)
-        shape = (images.shape, tokens.shape, sizes is None)
-        batch = (images, tokens, sizes)
+        if letters is not None:
+            letters = F.pad(letters, (0, 0, 0, short), value=torch.nan)
+        shape = (images.shape, tokens.shape, sizes is None, letters is None)
+        batch = (images, tokens, sizes, letters)
         compute: _Compute = self._step
         recorded = self._recordings.get(shape)
         if recorded is not None:
@@ -71,8 +75,8 @@ class RecordedLoss:
         elif self._seen[shape] and len(self._recordings) < _MOST:
             compute = self._recordings[shape] = self._record(batch)
         self._seen[shape] += 1
-        loss, count = _WithGradients.apply(compute, batch, *self._step.parameters.values())
-        return loss, count
+        loss, figures = _WithGradients.apply(compute, batch, *self._step.parameters.values())
+        return loss, figures
 
     def forget(self) -> None:
         """Give back the memory of what was recorded; where weights move, it must be recorded anew."""
@@ -104,7 +108,7 @@ class RecordedLoss:
 @dataclass
 class _Computed:
     loss: Tensor
-    count: Tensor
+    figures: Tensor
     gradients: tuple[Tensor | None, ...]
     """One for each parameter; None where the loss does not depend on it."""
 
@@ -115,7 +119,7 @@ _Compute = Callable[[Sequence[Tensor | None]], _Computed]
 
 
 class _Step:
-    """From a batch to loss, number of tokens, and gradients."""
+    """From a batch to loss, figures, and gradients."""
 
     def __init__(self, loss: Loss, module: nn.Module) -> None:
         self.module = module
@@ -131,11 +135,11 @@ class _Step:
             name: nn.Parameter(p.detach()) for name, p in self.parameters.items()
         }
         with torch.enable_grad(), _autocast_without_cache():
-            total, count = functional_call(self._called, own, tuple(batch))
+            total, figures = functional_call(self._called, own, tuple(batch))
         found = torch.autograd.grad(total, list(own.values()), allow_unused=True)
         # one that repeats its memory, as a sum's does, would keep all from being scaled at once
         gradients = tuple(None if g is None else _dense(g) for g in found)
-        return _Computed(total.detach(), count, gradients)
+        return _Computed(total.detach(), figures, gradients)
 
 
 def _dense(gradient: Tensor) -> Tensor:
@@ -205,10 +209,10 @@ class _WithGradients(torch.autograd.Function):
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         computed = compute(batch)
-        loss, count = computed.loss.clone(), computed.count.clone()
+        loss, figures = computed.loss.clone(), computed.figures.clone()
         ctx.computed = computed
-        ctx.mark_non_differentiable(count)
-        return loss, count
+        ctx.mark_non_differentiable(figures)
+        return loss, figures
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor, _: Any) -> Any:  # type: ignore[override]

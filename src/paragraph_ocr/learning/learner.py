@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
@@ -20,7 +20,7 @@ from paragraph_ocr.learning.checkpoint import all_finite
 from paragraph_ocr.learning.graphs import RecordedLoss
 from paragraph_ocr.learning.processes import send_buffers
 from paragraph_ocr.metrics import ReadingErrors, TokenLoss
-from paragraph_ocr.model.reader import Reader
+from paragraph_ocr.model.reader import Letters, Reader
 from paragraph_ocr.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 
@@ -34,14 +34,25 @@ class Sample:
     reading: str
 
 
+class TrainingSums(NamedTuple):
+    """What a batch's cost is made of, each summed over its tokens."""
+
+    tokens: Tensor
+    """How many they are."""
+    loss: Tensor
+    guidance: Tensor
+
+
 class Learner(pl.LightningModule):
     """A recognizer with its optimizer, augmentation and metrics.
 
     Args:
         schedule: makes the learning-rate schedule from the optimizer, the number of its steps, and what
             returns the share of the training's time that is gone; either is None without such a limit.
+        augment: pages, places of letters (or None) and sizes (or None) to other pages and places.
         decoding: how validation and test read; see `Reader.read`.
         max_length: tokens that a reading may have.
+        guidance: weight of what `Reader.teach` says of letters, where a batch knows their places.
         max_loss_to_read: batches with a higher loss are not read, and count as wholly unread; None reads all.
         num_samples: paragraphs of each validation kept in `samples`.
         ema: share of the averaged weights that an optimizer step keeps; they are what validation reads
@@ -60,12 +71,13 @@ class Learner(pl.LightningModule):
         *,
         optimizer: torch.optim.Optimizer,
         schedule: Callable[[torch.optim.Optimizer, int | None, Callable[[], float] | None], Any],
-        augment: nn.Module,
+        augment: Callable[..., tuple[Tensor, Tensor | None]],
         decoding: Any,
         max_length: int,
         max_loss_to_read: float | None,
         label_smoothing: float,
         token_noise: float,
+        guidance: float = 0.0,
         num_samples: int,
         ema: float = 0.0,
         on_not_finite: Callable[[int], None] | None = None,
@@ -76,12 +88,12 @@ class Learner(pl.LightningModule):
         super().__init__()
         self.recognizer = recognizer
         self.vocabulary = vocabulary
-        self.augment = augment
         self.decoding = decoding
         self.max_length = max_length
         self.max_loss_to_read = max_loss_to_read
         self.label_smoothing = label_smoothing
         self.token_noise = token_noise
+        self.guidance = guidance
         self.num_samples = num_samples
         stages = ("val", "test")
         self.errors = nn.ModuleDict({stage: ReadingErrors() for stage in stages})
@@ -89,11 +101,12 @@ class Learner(pl.LightningModule):
         self.samples: list[Sample] = []
         self.optimizer, self._schedule = optimizer, schedule
         # plain attributes: the compiled module must not add its weights a second time
-        self._predict: Callable[..., Tensor] = recognizer.forward
-        self._augmented: Callable[..., Tensor] = augment
+        self._teach: Callable[..., tuple[Tensor, Tensor | None]] = recognizer.teach
+        self._augmented: Callable[..., tuple[Tensor, Tensor | None]] = augment
         if compile:
-            self._predict = recognizer.compiled(canvases_vary=canvases_vary)
-            self._augmented = torch.compile(augment, dynamic=False if canvases_vary else None)
+            self._teach = recognizer.compiled(canvases_vary=canvases_vary)
+            vary = False if canvases_vary else None
+            self._augmented = torch.compile(augment, dynamic=vary)
         self._training_loss: Callable[..., tuple[Tensor, Tensor]] = (
             RecordedLoss(self._loss, recognizer, pad=vocabulary.pad, longest=max_length)
             if cuda_graphs
@@ -135,42 +148,53 @@ class Learner(pl.LightningModule):
         if isinstance(self._training_loss, RecordedLoss):
             self._training_loss.forget()
 
-    def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the cost of a training batch, augmented, summed over its tokens, and their number."""
-        return self._training_loss(batch.images, batch.tokens, batch.sizes)
+    def training_loss(self, batch: Batch) -> tuple[Tensor, TrainingSums]:
+        """Return the cost of a training batch, augmented, summed over its tokens, and what it is made of."""
+        letters = batch.letters if self.guidance else None
+        cost, sums = self._training_loss(batch.images, batch.tokens, batch.sizes, letters)
+        return cost, TrainingSums(*sums.unbind())
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        loss, count = self.training_loss(batch)
-        total, count = self._over_processes(loss.detach(), count)
+        loss, sums = self.training_loss(batch)
+        sums = self._over_processes(sums)
+        count = sums.tokens
         # not for Lightning's progress bar: it would wait for the GPU in every step
-        self.log("train/loss", total / count, batch_size=len(batch))
+        self.log("train/loss", sums.loss / count, batch_size=len(batch))
+        if self.guidance and batch.letters is not None:
+            self.log("train/guidance", sums.guidance / count, batch_size=len(batch))
         loss = loss * self.trainer.world_size  # the mean of the processes' gradients is their sum
         if self.trainer.accumulate_grad_batches == 1:
             return loss / count
         self._window.append(count)
         return loss / self._window[0]
 
-    def _loss(self, images: Tensor, tokens: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the loss of a batch summed over its tokens, and their number."""
+    def _loss(
+        self, images: Tensor, tokens: Tensor, sizes: Tensor | None, places: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the cost of a batch summed over its tokens, and `TrainingSums` as one tensor."""
         # in float32, so that mixed precision sees the very pages that full precision does
         with torch.autocast(images.device.type, enabled=False):
-            images = self._augmented(images, sizes)
+            images, places = self._augmented(images, places, sizes)
         inputs = add_token_noise(
             tokens[:, :-1],
             share=self.token_noise,
             first=len(SPECIAL_TOKENS),
             num_tokens=len(self.vocabulary),
         )
-        logits = self._predict(images, inputs, sizes)
-        return self.recognizer.loss(logits, tokens[:, 1:], label_smoothing=self.label_smoothing)
+        targets = tokens[:, 1:]
+        letters = None if places is None else Letters(targets, places[:, 1:])
+        logits, guidance = self._teach(images, inputs, sizes, letters)
+        loss, count = self.recognizer.loss(logits, targets, label_smoothing=self.label_smoothing)
+        guidance = torch.zeros_like(loss) if guidance is None else guidance
+        sums = torch.stack([count.to(loss.dtype), loss.detach(), guidance.detach()])
+        return loss + self.guidance * guidance, sums
 
-    def _over_processes(self, loss: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """Return loss and number of tokens of this step's batches, summed over all processes."""
+    def _over_processes(self, sums: TrainingSums) -> TrainingSums:
+        """Return those of this step's batches over all processes."""
         if self.trainer.world_size == 1:
-            return loss, count
-        both = torch.stack([loss.double(), count.double()])
-        total, tokens = self.trainer.strategy.reduce(both, reduce_op="sum")
-        return total.to(loss.dtype), tokens.to(loss.dtype)
+            return sums
+        total = self.trainer.strategy.reduce(torch.stack(sums).double(), reduce_op="sum")
+        return TrainingSums(*total.to(sums.loss.dtype).unbind())
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Weigh accumulated gradients, and leave out those that would spoil the weights."""

@@ -47,6 +47,20 @@ class Attention(nn.Module):
         )
         return self.out(gathered.transpose(1, 2).flatten(2))
 
+    def first_scores(
+        self,
+        states: Float[Tensor, "B L D"],
+        keys_values: Float[Tensor, "2 B heads M d"],
+        *,
+        mask: Bool[Tensor, "B 1 1 M"] | None = None,
+    ) -> Float[Tensor, "B L M"]:
+        """Return what the first head's weights are the softmax of."""
+        keys = keys_values[0, :, 0]
+        width = keys.shape[2]
+        queries = F.linear(states, self.query.weight[:width], self.query.bias[:width])
+        scores = queries @ keys.transpose(1, 2) / math.sqrt(width)
+        return scores if mask is None else scores.masked_fill(~mask[:, 0], -torch.inf)
+
 
 class Layer(nn.Module):
     """Self-attention, cross-attention and feed-forward, each with a residual and a LayerNorm.
@@ -79,6 +93,7 @@ class Layer(nn.Module):
         memory_mask: Bool[Tensor, "pages 1 1 M"] | None,
         extend: Callable[[Tensor], Tensor] | None = None,
         sharing: int = 1,
+        scores: list[Tensor] | None = None,
     ) -> Float[Tensor, "B L D"]:
         """Return the states of the next layer.
 
@@ -87,6 +102,7 @@ class Layer(nn.Module):
             sharing: rows that follow one another and look at one page; the memory has each page once.
             extend: puts the only state's keys and values "2 B heads 1 d" into this layer's cache and
                 returns all so far; None sees all states at once under the causal mask.
+            scores: takes those of the cross-attention's first head.
         """
         residual = states
         inputs = self.norms[0](states) if self.pre else states
@@ -100,6 +116,8 @@ class Layer(nn.Module):
         inputs = self.norms[1](states) if self.pre else states
         if sharing > 1:  # to a page their states are those of one longer row
             inputs = inputs.reshape(-1, sharing, inputs.shape[2])
+        if scores is not None:
+            scores.append(self.cross_attention.first_scores(inputs, memory, mask=memory_mask))
         gathered = self.cross_attention(inputs, memory, mask=memory_mask)
         if sharing > 1:
             gathered = gathered.reshape(residual.shape)
@@ -164,16 +182,19 @@ class Decoder(nn.Module):
         tokens: Int[Tensor, "B L"],
         memory: Float[Tensor, "B M D"],
         memory_mask: Bool[Tensor, "B M"] | None = None,
+        scores: list[Tensor] | None = None,
     ) -> Float[Tensor, "B L V"]:
         """Return the logits of the token after each of `tokens` (teacher forcing).
 
         Args:
             memory_mask: true where a memory cell may be seen; None sees all.
+            scores: takes those of each layer's first head that looks at the memory, "B L M" before softmax.
         """
         states = self._embed(tokens, self.positions[: tokens.shape[1]])
         mask = None if memory_mask is None else memory_mask[:, None, None]
         for layer in self.layers:
-            states = layer(states, layer.cross_attention.keys_values(memory), mask)
+            keys_values = layer.cross_attention.keys_values(memory)
+            states = layer(states, keys_values, mask, scores=scores)
         return self.logits(states)
 
     def start(

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,14 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from paragraph_ocr.model.generate import Reading
+
+
+class Letters(NamedTuple):
+    """What is to be read next after each of the tokens that a model is fed, and where that is."""
+
+    tokens: Int[Tensor, "B L"]
+    places: Float[Tensor, "B L 2"]
+    """x and y in pixels of the middle of its ink, NaN where it has none or nobody knows."""
 
 
 class Reader(nn.Module, ABC):
@@ -47,13 +55,24 @@ class Reader(nn.Module, ABC):
     ) -> list[Reading]:
         """Return a reading of each page, of at most `max_length` tokens with start and end."""
 
-    def compiled(self, *, canvases_vary: bool) -> Callable[..., Float[Tensor, "B T V"]]:
-        """Return `forward` by torch.compile.
+    def teach(
+        self,
+        images: UInt8[Tensor, "B 1 H W"],
+        tokens: Int[Tensor, "B L"],
+        sizes: Int[Tensor, "B 2"] | None = None,
+        letters: "Letters | None" = None,
+    ) -> tuple[Float[Tensor, "B T V"], Float[Tensor, ""] | None]:
+        """Return the logits of `forward`, and what not looking where the letters are costs, summed over
+        them; None of a model that cannot be told, or where nobody knows."""
+        return self.forward(images, tokens, sizes), None
+
+    def compiled(self, *, canvases_vary: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """Return `teach` by torch.compile.
 
         Args:
             canvases_vary: pages come on several canvases, and texts in many lengths on each.
         """
-        return torch.compile(self.forward)
+        return torch.compile(self.teach)
 
     def weights(self) -> dict[str, Tensor]:
         """Return all weights and statistics, contiguous on the CPU, for a safetensors file."""

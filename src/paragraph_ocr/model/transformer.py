@@ -1,9 +1,10 @@
 """The recognizer: page in, text out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
@@ -11,7 +12,10 @@ from paragraph_ocr.model.decoder import Decoder
 from paragraph_ocr.model.encoder import Encoder
 from paragraph_ocr.model.generate import Beam, Greedy, Reading, SpecialTokens, generate
 from paragraph_ocr.model.positions import add_grid_positions
-from paragraph_ocr.model.reader import Reader, token_loss
+from paragraph_ocr.model.reader import Letters, Reader, token_loss
+
+_NOWHERE = -100
+"""Target of a cross-entropy that does not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +59,52 @@ class TransformerReader(Reader):
         memory = self.encode(images, sizes)
         return self.decoder(tokens, memory.states, memory.mask)
 
-    def compiled(self, *, canvases_vary: bool) -> Callable[..., Float[Tensor, "B L V"]]:
-        """Return `forward` by torch.compile; where canvases vary, the encoder alone, once for each.
+    def teach(
+        self,
+        images: UInt8[Tensor, "B 1 H W"],
+        tokens: Int[Tensor, "B L"],
+        sizes: Int[Tensor, "B 2"] | None = None,
+        letters: Letters | None = None,
+    ) -> tuple[Float[Tensor, "B L V"], Float[Tensor, ""] | None]:
+        return self._teach(self.encode(images, sizes), tokens, letters)
+
+    def _teach(
+        self, memory: Memory, tokens: Int[Tensor, "B L"], letters: Letters | None
+    ) -> tuple[Float[Tensor, "B L V"], Float[Tensor, ""] | None]:
+        scores: list[Tensor] | None = None if letters is None else []
+        logits = self.decoder(tokens, memory.states, memory.mask, scores)
+        if letters is None or scores is None:
+            return logits, None
+        return logits, self._guidance(memory, scores, letters)
+
+    def _guidance(
+        self, memory: Memory, scores: Sequence[Float[Tensor, "B L M"]], letters: Letters
+    ) -> Float[Tensor, ""]:
+        """Return the cross-entropies of two things that whoever reads must know, summed over the letters.
+
+        Which letter is at its place: the read-out of the cell there. And where the next one is: the mean of
+        what the first head of each layer but the lowest looks at, which does not know yet where it is.
+        """
+        assert isinstance(self.encoder, Encoder)
+        known = ~letters.places[..., 0].isnan()
+        sides = [*zip(self.encoder.stride[::-1], memory.grid[::-1], strict=True)]
+        column, row = (
+            (letters.places[..., axis].nan_to_num() / stride).long().clamp(0, count - 1)
+            for axis, (stride, count) in enumerate(sides)
+        )
+        cells = row * memory.grid[1] + column
+        there = memory.states.gather(1, cells[..., None].expand(-1, -1, memory.states.shape[2]))
+        wanted = [(self.decoder.logits(there), letters.tokens, 1.0)]
+        upper = scores[1:] or scores
+        wanted += [(looked, cells, 1 / len(upper)) for looked in upper]
+        costs = [
+            weight * _summed_cross_entropy(logits, targets.where(known, _NOWHERE))
+            for logits, targets, weight in wanted
+        ]
+        return torch.stack(costs).sum()
+
+    def compiled(self, *, canvases_vary: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """Return `teach` by torch.compile; where canvases vary, the encoder alone, once for each.
 
         One graph for all of them is not to be had: on an H200 it was not compiled after 160 s.
         """
@@ -64,11 +112,15 @@ class TransformerReader(Reader):
             return super().compiled(canvases_vary=False)
         encode = torch.compile(self.encode, dynamic=False)
 
-        def forward(images: Tensor, tokens: Tensor, sizes: Tensor | None = None) -> Tensor:
-            memory = encode(images, sizes)
-            return self.decoder(tokens, memory.states, memory.mask)
+        def teach(
+            images: Tensor,
+            tokens: Tensor,
+            sizes: Tensor | None = None,
+            letters: Letters | None = None,
+        ) -> tuple[Tensor, Tensor | None]:
+            return self._teach(encode(images, sizes), tokens, letters)
 
-        return forward
+        return teach
 
     def loss(
         self,
@@ -102,3 +154,11 @@ class TransformerReader(Reader):
             decoding=decoding,
             max_length=max_length,
         )
+
+
+def _summed_cross_entropy(
+    logits: Float[Tensor, "B L V"], targets: Int[Tensor, "B L"]
+) -> Float[Tensor, ""]:
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=_NOWHERE, reduction="sum"
+    )
