@@ -240,7 +240,9 @@ def build_datamodule(
         variant = replace(experiment, datamodule=loaded)
         corpora[name] = build_pages(variant, vocabulary, progress=progress)
     stages = [Stage(s.corpora, s.batch_size, s.below, s.max_steps) for s in config.stages]
-    curriculum = Curriculum(stages, config.look_every, config.replay, experiment.seed)
+    curriculum = Curriculum(
+        stages, config.look_every, config.replay, experiment.seed, wait=config.wait
+    )
     return CurriculumDataModule(pages, {PAGES: pages, **corpora}, curriculum)
 
 

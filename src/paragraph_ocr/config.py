@@ -241,6 +241,7 @@ class CurriculumConfig:
     name: str = "none"
     look_every: int = 50
     replay: float = 0.0
+    wait: bool = True
     corpora: dict[str, DataConfig] = field(default_factory=dict)
     stages: list[StageConfig] = field(default_factory=list)
 

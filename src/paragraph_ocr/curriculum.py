@@ -34,12 +34,15 @@ class Curriculum:
     Args:
         look_every: steps between two looks at whether a stage is over; Lightning's epochs.
         replay: share of the batches that come from earlier stages, all alike.
+        wait: whether a stage that is over is left at once, and training waits for the pages of the next.
+            If not, the stage goes on until they are there; how long that is hangs on the machine.
     """
 
     stages: Sequence[Stage]
     look_every: int
     replay: float
     seed: int
+    wait: bool = True
 
     def draw(self, stage: int, look: int, step: int) -> tuple[Draw, np.random.Generator]:
         """Return what the batch of a step is drawn from, and what draws it."""

@@ -246,7 +246,9 @@ class _Job:
         if watch is not None:
             callbacks.append(watch)
         if isinstance(datamodule, CurriculumDataModule):
-            callbacks.append(FollowCurriculum(datamodule.curriculum, datamodule.reached))
+            callbacks.append(
+                FollowCurriculum(datamodule.curriculum, datamodule.reached, datamodule.may_begin)
+            )
         if timeline.asked():
             callbacks.append(MarkFirstStep())
         if limits.overfit_batches and limits.early_stopping.when_read:

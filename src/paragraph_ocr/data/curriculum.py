@@ -136,6 +136,17 @@ class CurriculumDataModule(pl.LightningDataModule):
         if (waited := time.monotonic() - began) > 1:
             console.warn(f"curriculum: training has waited {waited:.0f} s for the pages of {name}.")
 
+    def may_begin(self, stage: int) -> bool:
+        """Return whether to begin a stage: its pages are there, or else are waited for."""
+        shares = self.curriculum.stages[stage].shares
+        return self.curriculum.wait or all(self._needs_no_waiting(name) for name in shares)
+
+    def _needs_no_waiting(self, name: str) -> bool:
+        if name in self._ready:
+            return True
+        opened = self._ahead.is_done(name) if self._ahead is not None else self._is_there(name)
+        return opened or not self._is_being_made()  # which has failed, as will be told
+
     def _is_there(self, name: str) -> bool:
         return store_path(*self._store(name)).exists()
 
@@ -237,6 +248,10 @@ class _Ahead:
                     future.set_exception(error)
                 else:
                     future.set_result(corpus)
+
+    def is_done(self, name: str) -> bool:
+        """Return whether a corpus would be taken at once."""
+        return name not in self._corpora or self._corpora[name].done()
 
     def take(self, name: str) -> Dataset[Batch] | None:
         """Return a corpus once it is open; None if it was not asked for, or could not be opened."""

@@ -1,5 +1,6 @@
 """Following a curriculum: looking at the loss, and going on to the next stage."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,10 +12,16 @@ from paragraph_ocr.curriculum import Curriculum, Reached
 
 
 class FollowCurriculum(pl.Callback):
-    """At the end of each epoch, go on to the next stage if this one is over, and log which it is."""
+    """At the end of each epoch, go on to the next stage if this one is over, and log which it is.
 
-    def __init__(self, curriculum: Curriculum, reached: Reached) -> None:
-        self.curriculum, self.reached = curriculum, reached
+    Args:
+        may_begin: whether a stage's pages are there, or are to be waited for.
+    """
+
+    def __init__(
+        self, curriculum: Curriculum, reached: Reached, may_begin: Callable[[int], bool]
+    ) -> None:
+        self.curriculum, self.reached, self._may_begin = curriculum, reached, may_begin
         self._losses: list[Tensor] = []  # of the stage's own batches since the last look
         self._steps = 0  # since the stage began
 
@@ -30,7 +37,7 @@ class FollowCurriculum(pl.Callback):
         stage = self.reached.stage
         drawn, _ = self.curriculum.draw(stage, trainer.current_epoch, batch_index)
         if drawn.stage == stage and outputs is not None:
-            self._losses.append(outputs["loss"].detach())
+            self._losses.append(outputs["train/loss"])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, learner: pl.LightningModule) -> None:
         reached = self.reached
@@ -39,7 +46,8 @@ class FollowCurriculum(pl.Callback):
         learner.log("curriculum/stage", float(reached.stage))
         if loss is not None:
             learner.log("curriculum/loss", loss)
-        if self.curriculum.is_over(reached.stage, loss=loss, steps=self._steps):
+        over = self.curriculum.is_over(reached.stage, loss=loss, steps=self._steps)
+        if over and self._may_begin(reached.stage + 1):
             reached.stage += 1
             self._steps = 0
             console.say(f"step {trainer.global_step:,}: stage {reached.stage} of the curriculum")

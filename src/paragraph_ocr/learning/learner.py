@@ -154,19 +154,21 @@ class Learner(pl.LightningModule):
         cost, sums = self._training_loss(batch.images, batch.tokens, batch.sizes, letters)
         return cost, TrainingSums(*sums.unbind())
 
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        loss, sums = self.training_loss(batch)
+    def training_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
+        """Return what is to fall, and the mean loss of the tokens, which callbacks are given."""
+        cost, sums = self.training_loss(batch)
         sums = self._over_processes(sums)
         count = sums.tokens
+        mean = sums.loss / count
         # not for Lightning's progress bar: it would wait for the GPU in every step
-        self.log("train/loss", sums.loss / count, batch_size=len(batch))
+        self.log("train/loss", mean, batch_size=len(batch))
         if self.guidance and batch.letters is not None:
             self.log("train/guidance", sums.guidance / count, batch_size=len(batch))
-        loss = loss * self.trainer.world_size  # the mean of the processes' gradients is their sum
-        if self.trainer.accumulate_grad_batches == 1:
-            return loss / count
-        self._window.append(count)
-        return loss / self._window[0]
+        cost = cost * self.trainer.world_size  # the mean of the processes' gradients is their sum
+        if self.trainer.accumulate_grad_batches > 1:
+            self._window.append(count)
+            count = self._window[0]
+        return {"loss": cost / count, "train/loss": mean}
 
     def _loss(
         self, images: Tensor, tokens: Tensor, sizes: Tensor | None, places: Tensor | None
