@@ -105,6 +105,8 @@ class RenderedData(GeneratedData):
     crossed_out: float = 0.0
     baseline_wave: float = 0.0
     uneven_lines: float = 0.0
+    mixed_faces: float = 0.0
+    stretch: float = 0.0
 
 
 @dataclass

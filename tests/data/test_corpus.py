@@ -58,6 +58,8 @@ def test_every_field_that_changes_the_paragraphs_changes_the_path(few_notes, noi
         "crossed_out": 0.5,
         "baseline_wave": 0.2,
         "uneven_lines": 0.5,
+        "mixed_faces": 0.5,
+        "stretch": 0.2,
     }
     for corpus in (few_notes, noise):
         prints = [corpus.fingerprint()]

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from paragraph_ocr.data.fonts import find_faces, load_faces
+from paragraph_ocr.data.mixed_face import MixedFace, drawn_mix
 from paragraph_ocr.data.render import render
+from paragraph_ocr.data.strokes import measures
 from paragraph_ocr.data.text import Passages
 from paragraph_ocr.errors import UserError
 
@@ -29,13 +31,19 @@ def faces(notes):
 CARELESS = {"jitter": 1.0, "pressure": 0.5}
 OLD = {"jitter": 0.5, "joined": 1.0, "word_slant_deg": 5.0, "baseline_wave": 0.5}
 LETTER = {**CARELESS, "uneven_lines": 1.0}
+WIDE = {**OLD, "stretch": 0.4}
 MISTAKEN = {**CARELESS, **OLD, "joined": 0.5, "crossed_out": 1.0}
 
 
 @pytest.fixture(scope="module")
 def drawn(notes, faces):
     """For each canvas: words and drawing, every face several times, short and long, in several hands."""
-    return draw_all(notes, faces, [{}, CARELESS, OLD, {}, LETTER, OLD, LETTER])
+    hands = [{}, CARELESS, OLD, {}, LETTER, WIDE, LETTER]
+    drawn = draw_all(notes, faces, hands)
+    mixed = [drawn_mix(face, faces, notes.characters, np.random.default_rng(7)) for face in faces]
+    for name, more in draw_all(notes, mixed, hands).items():
+        drawn[name] += more
+    return drawn
 
 
 @pytest.fixture(scope="module")
@@ -341,3 +349,38 @@ def test_an_empty_folder_of_fonts_is_the_users_to_mend(tmp_path):
     (tmp_path / "broken.ttf").write_bytes(b"no font")
     with pytest.raises(UserError, match="unreadable"):
         load_faces(tmp_path, characters="abc")
+
+
+def test_a_mixed_face_has_the_letters_of_both_as_high_as_each_other(faces):
+    first, second = faces[0], faces[3]
+    mixed = MixedFace(first, second, frozenset("abcx"))
+    glyphs, size = mixed.glyphs(48), round(mixed.ratio * 48)
+    for character in "abcx":
+        assert (glyphs[character].ink == second.glyphs(size)[character].ink).all()
+    for character in "defy":
+        assert (glyphs[character].ink == first.glyphs(48)[character].ink).all()
+    assert glyphs["x"].top == pytest.approx(first.glyphs(48)["x"].top, abs=2)
+    width = first.width("de") + mixed.ratio * second.width("ab")
+    assert mixed.width("adbe") == pytest.approx(width)
+    ends = mixed.measures.ends("ad")
+    np.testing.assert_allclose(ends[0], mixed.ratio * measures(second, None).ends("a")[0])
+    np.testing.assert_allclose(ends[1], measures(first, None).ends("d")[0])
+
+
+def test_stretched_letters_are_wider_or_narrower_and_as_high(faces):
+    def widths(stretch):
+        found = []
+        for number in range(24):
+            words = ["nnnnnnnn"] * 3
+            drawing = render(
+                words, faces[0], height=160, width=1200, min_lines=1, max_lines=1, stretch=stretch,
+                generator=np.random.default_rng(number),
+            )  # fmt: skip
+            sizes = drawing.letters[:, 2:] - drawing.letters[:, :2]
+            found.append(np.diff(drawing.letters[:8, 0]).mean() / sizes[:, 1].mean())
+        return np.array(found)
+
+    plain, stretched = widths(0.0), widths(0.3)
+    logarithms = np.log(stretched / plain)
+    assert logarithms.std() == pytest.approx(0.3, rel=0.4)
+    assert logarithms.min() < -0.15 and logarithms.max() > 0.15

@@ -58,6 +58,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "datamodule.crossed_out": (0, 1),
     "datamodule.baseline_wave": (0, 1),
     "datamodule.uneven_lines": (0, 1),
+    "datamodule.mixed_faces": (0, 1),
+    "datamodule.stretch": (0, 1),
     "datamodule.min_overlap": (0, 0.9),
     "datamodule.max_overlap": (0, 0.9),
     "regularization.dropout": (0, 0.99),

@@ -47,7 +47,7 @@ class Face:
 
     def width(self, text: str) -> float:
         """Return the advance width in em, without kerning."""
-        return sum(map(self._advances.__getitem__, text))
+        return sum(map(self._advances.__getitem__, text), 0.0)
 
     @cached_property
     def _advances(self) -> "_Advances":

@@ -19,6 +19,7 @@ import numpy as np
 
 from paragraph_ocr.data import strokes
 from paragraph_ocr.data.fonts import Face
+from paragraph_ocr.data.mixed_face import MixedFace, MixedMeasures
 from paragraph_ocr.data.strokes import ENTERS, LEAVES, Measures
 
 RENDERER_VERSION = 6
@@ -77,9 +78,9 @@ class Drawing:
 
 
 class Hand(NamedTuple):
-    """What the lines of a paragraph have in common; the last four as `render` has them."""
+    """What the lines of a paragraph have in common; jitter, slant and wave as `render` has them."""
 
-    face: Face
+    face: Face | MixedFace
     weight: int | None
     size_px: int
     space_px: float
@@ -88,9 +89,13 @@ class Hand(NamedTuple):
     jitter: float
     word_slant_deg: float
     baseline_wave: float
+    stretch: float
+    """By how much letters are wider than the face's."""
 
     @property
-    def measures(self) -> Measures:
+    def measures(self) -> Measures | MixedMeasures:
+        if isinstance(self.face, MixedFace):
+            return self.face.measures
         return strokes.measures(self.face, self.weight)
 
     @property
@@ -121,7 +126,7 @@ class Line(NamedTuple):
 
 def render(
     words: Sequence[str],
-    face: Face,
+    face: Face | MixedFace,
     *,
     height: int,
     width: int,
@@ -134,6 +139,7 @@ def render(
     crossed_out: float = 0.0,
     baseline_wave: float = 0.0,
     uneven_lines: float = 0.0,
+    stretch: float = 0.0,
     generator: np.random.Generator,
 ) -> Drawing:
     """Return the words as one paragraph on a canvas of the given size in pixels, all ink inside.
@@ -153,19 +159,21 @@ def render(
         baseline_wave: em by which each line's baseline may drift either way from level.
         uneven_lines: share of paragraphs that are set as letters are: lines farther apart, at uneven
             distances, some of them short and standing anywhere.
+        stretch: standard deviation of the logarithm of how much wider a hand's letters are than its face's.
     """
     uniform = generator.uniform
     extra = generator
-    if joined or word_slant_deg or crossed_out or baseline_wave or uneven_lines:
+    if joined or word_slant_deg or crossed_out or baseline_wave or uneven_lines or stretch:
         (extra,) = generator.spawn(1)  # what it draws moves nothing else
     usual = spacing = uniform(0.85, 1.3) * face.height  # em from line to line
-    advances = np.array([face.width(word) for word in words])
+    stretched = math.exp(stretch * extra.normal(0, 1, size=1).clip(-2, 2)[0]) if stretch else 1.0
+    advances = stretched * np.array([face.width(word) for word in words])
     space = max(0.25, face.width(" ")) * uniform(0.9, 1.6)
     indent = uniform(0.5, 2.5) if generator.random() < 0.25 else 0.0
 
     struck = _mistakes(words, extra) if crossed_out and extra.random() < crossed_out else {}
     for place, mistake in struck.items():
-        advances[place] += face.width(mistake) + space
+        advances[place] += stretched * face.width(mistake) + space
     uneven = bool(uneven_lines) and extra.random() < uneven_lines
     if uneven:
         spacing *= _LOOSEST ** extra.random()
@@ -204,7 +212,7 @@ def render(
     slant = math.tan(math.radians(generator.normal(3, 6)))
     hand = Hand(
         face, weight, size_px, space * size_px, _pairs_joined(joined, extra), jitter,
-        word_slant_deg, baseline_wave,
+        word_slant_deg, baseline_wave, stretched,
     )  # fmt: skip
     set_lines = [
         _set_line(
@@ -328,7 +336,7 @@ def _set_line(
     sizes = size_px + np.rint(generator.normal(0, 0.03 * size_px, size=len(words))).astype(int)
     sizes = np.maximum(SMALLEST_PX, sizes)
     # letters that are warped are drawn in few sizes, larger than needed
-    varied = hand.jitter or hand.word_slant_deg
+    varied = hand.jitter or hand.word_slant_deg or hand.stretch != 1
     drawn = -(-sizes // _SIZES_PX) * _SIZES_PX if varied else sizes
     sets = [hand.face.glyphs(size, hand.weight) for size in drawn.tolist()]
     letters = [
@@ -450,7 +458,8 @@ def _varied(
     drawn = generator.normal(0, hand.jitter, size=shape).clip(-2, 2) * _JITTER
     wide, high, slant, turn, lift, gap = drawn.T
     linear = np.empty((len(inks), 2, 2))
-    linear[:, 0, 0], linear[:, 0, 1] = scales * (1 + wide), scales * (slant + leans - turn)
+    wide = hand.stretch * (1 + wide)
+    linear[:, 0, 0], linear[:, 0, 1] = scales * wide, scales * (slant + leans - turn)
     linear[:, 1, 0], linear[:, 1, 1] = scales * turn, scales * (1 + high)
     lifts = np.stack([np.zeros_like(lift), lift * hand.size_px], axis=1)
     corners = boxes[:, [[0, 1], [2, 1], [0, 3], [2, 3]]]  # (n, 4 corners, xy)
@@ -467,7 +476,7 @@ def _varied(
     return (
         varied,
         np.concatenate([low, high_ends], axis=1),
-        advances * scales * (1 + wide + gap),
+        advances * scales * (wide + gap),
         ends @ linear.transpose(0, 2, 1) + lifts[:, None],
     )
 

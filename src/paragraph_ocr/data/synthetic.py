@@ -11,6 +11,7 @@ from paragraph_ocr.data import fonts, text
 from paragraph_ocr.data.corpus import Progress, digest, is_prepared
 from paragraph_ocr.data.fonts import Face
 from paragraph_ocr.data.generated import GeneratedCorpus, Maker
+from paragraph_ocr.data.mixed_face import MixedFace, drawn_mix
 from paragraph_ocr.data.paragraph import Paragraph
 from paragraph_ocr.data.render import RENDERER_VERSION, render
 from paragraph_ocr.data.text import Passages
@@ -50,6 +51,10 @@ class SyntheticCorpus(GeneratedCorpus):
     """Em by which a line may drift either way from level."""
     uneven_lines: float = 0.0
     """Share of paragraphs whose lines stand far apart, at uneven distances, some short and indented."""
+    mixed_faces: float = 0.0
+    """Share of training paragraphs of which some letters are those of another face."""
+    stretch: float = 0.0
+    """Standard deviation of the logarithm of how much wider letters are than their face's, in training."""
 
     def fingerprint(self) -> str:
         identity = {
@@ -81,7 +86,13 @@ class SyntheticCorpus(GeneratedCorpus):
         def make(generator: np.random.Generator, split: str) -> Paragraph:
             words = self._words(passages.draw, generator, split)
             faces = faces_of[split]
-            face = faces[generator.integers(len(faces))]
+            own = faces[generator.integers(len(faces))]
+            face: Face | MixedFace = own
+            training = split == "train"  # validation and test are to tell of faces as they are
+            if training and self.mixed_faces:
+                (extra,) = generator.spawn(1)
+                if extra.random() < self.mixed_faces:
+                    face = drawn_mix(own, faces, self.characters, extra)
             drawing = render(
                 words,
                 face,
@@ -96,6 +107,7 @@ class SyntheticCorpus(GeneratedCorpus):
                 crossed_out=self.crossed_out,
                 baseline_wave=self.baseline_wave,
                 uneven_lines=self.uneven_lines,
+                stretch=self.stretch if training else 0.0,
                 generator=generator,
             )
             middles = (drawing.letters[:, :2] + drawing.letters[:, 2:]) // 2
