@@ -22,12 +22,16 @@ from paragraph_ocr.data.fonts import Face
 from paragraph_ocr.data.mixed_face import MixedFace, MixedMeasures
 from paragraph_ocr.data.strokes import ENTERS, LEAVES, Measures
 
-RENDERER_VERSION = 6
+RENDERER_VERSION = 7
 """Part of every rendered store's fingerprint: raise it whenever the same arguments draw otherwise, or a store
 keeps more of what is drawn."""
 
 LARGEST_PX = 64
 """Greatest pitch of lines in pixels; a short note is not blown up to fill a page."""
+
+_SPARE = 1.25
+"""By how much a page that is to fill its canvas is drawn larger than its letters seem to allow, for what they
+really take up is known only then; it is shrunk to fit."""
 
 SMALLEST_PX = 8
 """Least size of a face in pixels: less is not legible."""
@@ -203,9 +207,9 @@ def render(
         distances *= 1 + extra.random(len(lines)) ** 2
 
     size = min(
-        inner[0] * uniform(0.85, 1.0) / line_em,
-        inner[1] / (distances[1:].sum() + face.height),
-        LARGEST_PX * uniform(0.6, 1.0) / usual,
+        _SPARE * inner[0] / line_em,
+        _SPARE * inner[1] / (distances[1:].sum() + face.height),
+        LARGEST_PX * uniform(0.8, 1.0) / usual,
     )
     size_px = max(SMALLEST_PX, round(size))
     weight = None if face.weights is None else round(uniform(*face.weights) / 100) * 100
