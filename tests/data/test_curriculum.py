@@ -4,17 +4,20 @@ import subprocess
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import psutil
 import pytest
+import pytorch_lightning as pl
 import torch
 
-from paragraph_ocr import build
+from paragraph_ocr import build, build_model
 from paragraph_ocr.curriculum import Curriculum, Stage
 from paragraph_ocr.data.corpus import store_path
 from paragraph_ocr.data.curriculum import CurriculumDataModule, prepare_beside
 from paragraph_ocr.errors import UserError
+from paragraph_ocr.learning.curriculum import FollowCurriculum
 from paragraph_ocr.validation import compose, validate
 from small_curriculum import SMALL_CURRICULUM
 
@@ -175,3 +178,60 @@ def test_pages_in_memory_are_opened_ahead_of_their_stage_and_give_the_same_batch
     assert len(plain) == len(kept) == 9
     for one, other in zip(plain, kept, strict=True):
         assert torch.equal(one.images, other.images) and torch.equal(one.tokens, other.tokens)
+
+
+def test_a_stage_that_is_over_goes_on_until_the_next_one_s_pages_are_there(tmp_path):
+    def module(*typed):
+        experiment = validate(compose([*SMALL_CURRICULUM, *typed, f"outputs={tmp_path}"]))
+        made = build.build_datamodule(experiment, build.build_vocabulary(experiment))
+        made.prepare_data()
+        made.setup("fit")
+        return made
+
+    many = "curriculum.corpora.two_lines.num_train=20000"
+    slow = module("model=tiny", many, "curriculum.wait=false")
+    try:
+        assert not slow.may_begin(1), "it is being rendered"
+        slow.curriculum = replace(slow.curriculum, wait=True)
+        assert slow.may_begin(1), "and is waited for"
+    finally:
+        slow.teardown("fit")
+    slow.curriculum = replace(slow.curriculum, wait=False)
+    assert slow.may_begin(1), "nobody renders it: where it is opened, the reason shows"
+
+    quick = module("model=tiny", "curriculum.wait=false", "datamodule.placement=host")
+    quick.lengths()  # opens what comes ahead, in a thread
+    until = time.monotonic() + 60
+    while not quick.may_begin(1):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert store_path(*quick._store("two_lines")).exists()
+    quick.teardown("fit")
+
+
+def test_training_stays_in_a_stage_until_the_next_may_begin(tmp_path):
+    experiment = validate(compose([*SMALL_CURRICULUM, "model=tiny", f"outputs={tmp_path}"]))
+    vocabulary = build.build_vocabulary(experiment)
+    module = build.build_datamodule(experiment, vocabulary)
+    learner = build.build_learner(
+        experiment, build_model.build_recognizer(experiment, vocabulary), vocabulary
+    )
+    asked, stages = [], []
+
+    def may_begin(stage):
+        asked.append(stage)
+        return len(asked) > 2
+
+    class Note(pl.Callback):
+        def on_train_epoch_start(self, trainer, learner):
+            stages.append(module.reached.stage)
+
+    follow = FollowCurriculum(module.curriculum, module.reached, may_begin)
+    trainer = pl.Trainer(
+        max_epochs=5, limit_val_batches=0, logger=False, enable_checkpointing=False,
+        accelerator="cpu", callbacks=[follow, Note()], enable_progress_bar=False,
+        reload_dataloaders_every_n_epochs=1, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(learner, datamodule=module)
+    assert asked[:3] == [1, 1, 1], "the first stage is over at each look"
+    assert stages == [0, 0, 0, 1, 1]
