@@ -139,21 +139,28 @@ def test_a_line_keeps_its_neighbours_strokes_out_unless_a_word_has_no_place(
     iam_pages, copy, tmp_path
 ):
     folder = copy("folders")
-    page = next(p for p in iam_pages if all(strokes for _, strokes in p.lines[1].components))
-    line = page.lines[1]
-    part = slice(*line.box[1::2]), slice(*line.box[::2])
-    image = np.full(page.size, 255, np.uint8)
-    for _, strokes in line.components:
-        for left, top, right, bottom in strokes:
-            image[top:bottom, left:right] = 0
-    own = image[part] == 0
+
+    def strokes_of(page) -> np.ndarray:
+        """Return whether each pixel of the second line's box lies in a box of its strokes."""
+        image = np.zeros(page.size, bool)
+        for _, strokes in page.lines[1].components:
+            for left, top, right, bottom in strokes:
+                image[top:bottom, left:right] = True
+        box = page.lines[1].box
+        return image[slice(*box[1::2]), slice(*box[::2])]
+
+    # the one with the most paper about its strokes
+    whole = [p for p in iam_pages if all(strokes for _, strokes in p.lines[1].components)]
+    page = min(whole, key=lambda page: strokes_of(page).mean())
+    line, own = page.lines[1], strokes_of(page)
     assert 0.1 < own.mean() < 0.9
-    image[part] = 100  # strokes all over
+    image = np.full(page.size, 255, np.uint8)
+    image[:, ::3] = 100  # strokes all over, and more paper still
 
     def covered() -> float:
         form = parse_form((folder / "xml" / f"{page.id}.xml").read_bytes(), where="")
         crop = _crop_line(image, form.lines[1], 1.0)[PADDING_PX:-PADDING_PX, PADDING_PX:-PADDING_PX]
-        return float((crop == 100).mean())
+        return 3 * float((crop == 100).mean())
 
     # components are padded a little
     assert own.mean() < covered() < 0.99
@@ -161,7 +168,7 @@ def test_a_line_keeps_its_neighbours_strokes_out_unless_a_word_has_no_place(
         folder / "xml" / f"{page.id}.xml",
         lambda text: re.sub(f'(id="{line.id}-00">)(<cmp[^>]*>)+', r"\1", text),
     )
-    assert covered() == 1
+    assert covered() == pytest.approx(1, abs=0.02)
 
 
 def test_a_partial_copy_says_what_is_missing_and_serves(iam_pages, copy, tmp_path, capsys):

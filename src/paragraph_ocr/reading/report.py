@@ -194,7 +194,7 @@ def _groups(evaluation: Evaluation) -> str:
             hardest = sorted(groups.items(), key=lambda item: -item[1][1]["cer"].value)
             groups = dict(hardest[:WRITERS])
         finite = [r["cer"].high for _, r in groups.values() if math.isfinite(r["cer"].high)]
-        scale = max(finite, default=0) or 1
+        scale = max(finite, default=0.0) or 1.0
         rows = [
             (
                 html.escape(name),
