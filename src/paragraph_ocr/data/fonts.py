@@ -39,6 +39,12 @@ class Face:
         """Return the face's letters at a size and a weight, kept for as long as they are in use."""
         return _glyphs(self.path, size_px, weight)
 
+    def drawn_weight(self, generator: np.random.Generator) -> int | None:
+        """Return one of the face's weights, in hundreds; None where it has no choice."""
+        if self.weights is None:
+            return None
+        return round(generator.uniform(*self.weights) / 100) * 100
+
     @cached_property
     def height(self) -> float:
         """Ink from the top of `l` to the bottom of `p`, in em."""

@@ -27,9 +27,6 @@ class MixedFace:
         weights: of both faces.
     """
 
-    weights: None = None
-    """There is no choice of a weight left."""
-
     def __init__(
         self,
         first: Face,
@@ -47,6 +44,9 @@ class MixedFace:
         self.ratio = float(np.clip(heights[0] / max(heights[1], 1e-6), *_RATIOS))
         """Of the second face's size to the first's."""
         self._sets: dict[int, _MixedGlyphs] = {}
+
+    def drawn_weight(self, generator: np.random.Generator) -> None:
+        """As `Face.drawn_weight`; both weights are chosen already."""
 
     @property
     def name(self) -> str:
@@ -123,13 +123,9 @@ def drawn_mix(
     """
     chosen = generator.random(len(characters)) < generator.uniform(*BORROWED)
     borrowed = frozenset(c for c, taken in zip(characters, chosen, strict=True) if taken)
-    weight = _weight(first, generator)
+    weight = first.drawn_weight(generator)
     mixed = [
-        MixedFace(first, second, borrowed, weights=(weight, _weight(second, generator)))
+        MixedFace(first, second, borrowed, weights=(weight, second.drawn_weight(generator)))
         for second in (faces[i] for i in generator.integers(len(faces), size=_CANDIDATES))
     ]
     return min(mixed, key=MixedFace.unevenness)
-
-
-def _weight(face: Face, generator: np.random.Generator) -> int | None:
-    return None if face.weights is None else round(generator.uniform(*face.weights) / 100) * 100

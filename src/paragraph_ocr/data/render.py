@@ -212,7 +212,7 @@ def render(
         LARGEST_PX * uniform(0.8, 1.0) / usual,
     )
     size_px = max(SMALLEST_PX, round(size))
-    weight = None if face.weights is None else round(uniform(*face.weights) / 100) * 100
+    weight = face.drawn_weight(generator)
     slant = math.tan(math.radians(generator.normal(3, 6)))
     hand = Hand(
         face, weight, size_px, space * size_px, _pairs_joined(joined, extra), jitter,
