@@ -120,6 +120,7 @@ def augment_somewhere(batch: Batch, experiment: Experiment) -> UInt8[Tensor, "B 
 def build_learner(experiment: Experiment, recognizer: Reader, vocabulary: Vocabulary) -> Learner:
     """Return the learner; memorising a batch (`overfit_batches`) goes without augmentation and noise."""
     regularization, trainer = experiment.regularization, experiment.trainer
+    pages = experiment.datamodule
     if not any(parameter.requires_grad for parameter in recognizer.parameters()):
         raise UserError("model: nothing is left to train. Pass model.encoder.freeze=false.")
     optimizer = build_optimizer(
@@ -136,7 +137,7 @@ def build_learner(experiment: Experiment, recognizer: Reader, vocabulary: Vocabu
         schedule=partial(_schedule, experiment),
         augment=build_augment(experiment).with_letters,
         decoding=build_decoding(experiment),
-        max_length=experiment.datamodule.max_length,
+        max_length=pages.max_length,
         max_loss_to_read=experiment.decoding.max_loss,
         label_smoothing=regularization.label_smoothing,
         token_noise=0.0 if trainer.overfit_batches else regularization.token_noise,
@@ -144,7 +145,8 @@ def build_learner(experiment: Experiment, recognizer: Reader, vocabulary: Vocabu
         num_samples=experiment.tracking.num_samples,
         ema=regularization.ema,
         compile=trainer.compile,
-        canvases_vary=bool(experiment.curriculum.stages),
+        # most of a curriculum's time goes to whole pages; each further canvas would take half a minute
+        canvas=(pages.height, pages.width) if experiment.curriculum.stages else None,
         # scaling would have to be part of the graph; so would the talk of several processes
         cuda_graphs=trainer.cuda_graphs
         and num_processes(trainer) == 1

@@ -283,6 +283,21 @@ def test_uneven_lines_stand_far_apart_and_at_uneven_distances_and_places(faces):
     assert uneven[2] > 2 * even[2]
 
 
+@pytest.mark.parametrize("num_words", [20, 50, 90])
+def test_uneven_lines_make_no_text_illegibly_small(faces, num_words):
+    def width_px(uneven, seed):
+        drawing = render(
+            ["cannon"] * num_words, faces[seed % len(faces)], height=576, width=640, min_lines=3,
+            max_lines=12, uneven_lines=uneven, generator=np.random.default_rng(seed),
+        )  # fmt: skip
+        words = drawing.letters.reshape(-1, 6, 4)
+        return np.median(words[:, -1, 2] - words[:, 0, 0]) / 6
+
+    even, uneven = (np.array([width_px(share, seed) for seed in range(24)]) for share in (0.0, 1.0))
+    assert (uneven > 0.75 * np.minimum(even, 11)).all()
+    assert num_words > 50 or (uneven < 0.9 * even).any(), "who writes little spreads it"
+
+
 def test_faces_that_are_held_out_are_not_trained_on(few_notes, tmp_path):
     from dataclasses import replace
 

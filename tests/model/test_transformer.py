@@ -109,19 +109,26 @@ def test_guided_heads_learn_to_look_where_the_next_letter_is(make_recognizer, pa
     assert float(guidance.detach()) / 60 < 0.2 < 1 < first / 60
 
 
-@pytest.mark.parametrize("vary", [False, True])
+@pytest.mark.parametrize("several", [False, True])
 def test_compiled_it_gives_the_same_logits_on_every_canvas(
-    make_recognizer, pages, monkeypatch, vary
+    make_recognizer, pages, monkeypatch, several
 ):
-    compile, compiled_with = torch.compile, []
+    compile, compiled_with, canvases = torch.compile, [], set()
 
     def trace(function, **options):  # and leave out what takes minutes
         compiled_with.append((function, options))
-        return compile(function, **options, backend="eager")
+        faster = compile(function, **options, backend="eager")
+
+        def counted(images, *others):
+            canvases.add(tuple(images.shape[-2:]))
+            return faster(images, *others)
+
+        return counted
 
     monkeypatch.setattr(torch, "compile", trace)
     recognizer = make_recognizer()
-    compiled = recognizer.compiled(canvases_vary=vary)
+    small = tuple(pages.shape[-2:])
+    compiled = recognizer.compiled(canvas=small if several else None)
     for canvas in (pages, F.pad(pages, (0, 32, 0, 32))):
         for length in (10, 6):
             tokens = torch.randint(4, 20, (6, length))
@@ -131,9 +138,10 @@ def test_compiled_it_gives_the_same_logits_on_every_canvas(
             letters = some_letters(tokens)
             expected = recognizer.teach(canvas, tokens, None, letters)
             torch.testing.assert_close(compiled(canvas, tokens, None, letters), expected)
-    # where lengths vary on each of many canvases, the decoder's work is left out
+    # of several canvases one alone, and without the decoder, whose lengths vary on it
     whole, part = (recognizer.teach, {}), (recognizer.encode, {"dynamic": False})
-    assert compiled_with == [part if vary else whole]
+    assert compiled_with == [part if several else whole]
+    assert (canvases == {small}) == several
 
 
 def test_another_page_gives_another_memory(make_recognizer, pages):

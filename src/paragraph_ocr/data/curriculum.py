@@ -144,8 +144,9 @@ class CurriculumDataModule(pl.LightningDataModule):
     def _needs_no_waiting(self, name: str) -> bool:
         if name in self._ready:
             return True
-        opened = self._ahead.is_done(name) if self._ahead is not None else self._is_there(name)
-        return opened or not self._is_being_made()  # which has failed, as will be told
+        if self._ahead is not None:  # which gives up if they cannot be made, as will be told
+            return self._ahead.is_done(name)
+        return self._is_there(name) or not self._is_being_made()
 
     def _is_there(self, name: str) -> bool:
         return store_path(*self._store(name)).exists()

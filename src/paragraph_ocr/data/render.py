@@ -22,7 +22,7 @@ from paragraph_ocr.data.fonts import Face
 from paragraph_ocr.data.mixed_face import MixedFace, MixedMeasures
 from paragraph_ocr.data.strokes import ENTERS, LEAVES, Measures
 
-RENDERER_VERSION = 7
+RENDERER_VERSION = 8
 """Part of every rendered store's fingerprint: raise it whenever the same arguments draw otherwise, or a store
 keeps more of what is drawn."""
 
@@ -62,6 +62,13 @@ _LOOSEST = 2.5
 
 _SHORT, _SHORTEST = 0.3, 0.3
 """Share of uneven lines that end early, and the least part of the others' width that is left to them."""
+
+_UNEVEN_ROOM = 1.5
+"""How much more of a page uneven lines need than even ones as far apart: farther and shorter ones."""
+
+_NARROWEST_PX = 11
+"""Least pixels for a letter or blank, in the mean, down to which uneven lines may shrink a text. A line of
+45 letters, as IAM's are, gives each 14."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +169,7 @@ def render(
             words of the paragraph, written before the right ones, and not in the transcription.
         baseline_wave: em by which each line's baseline may drift either way from level.
         uneven_lines: share of paragraphs that are set as letters are: lines farther apart, at uneven
-            distances, some of them short and standing anywhere.
+            distances, some of them short and standing anywhere; as far as the text leaves room for it.
         stretch: standard deviation of the logarithm of how much wider a hand's letters are than its face's.
     """
     uniform = generator.uniform
@@ -178,14 +185,18 @@ def render(
     struck = _mistakes(words, extra) if crossed_out and extra.random() < crossed_out else {}
     for place, mistake in struck.items():
         advances[place] += stretched * face.width(mistake) + space
-    uneven = bool(uneven_lines) and extra.random() < uneven_lines
-    if uneven:
-        spacing *= _LOOSEST ** extra.random()
-
     margins = np.array([width, height]) * uniform(0.01, 0.05, size=2)
     inner = np.array([width, height]) - 2 * margins
-    # the number of lines that would fill the canvas, were it free
     total = advances.sum() + space * len(words)
+    uneven = bool(uneven_lines) and extra.random() < uneven_lines
+    if uneven:
+        looser = _LOOSEST ** extra.random()
+        num_letters = sum(len(word) + 1 for word in words)
+        room = inner.prod() * total / (spacing * (_NARROWEST_PX * num_letters) ** 2) / _UNEVEN_ROOM
+        uneven = room > 1
+        spacing *= min(looser, max(room, 1))
+
+    # the number of lines that would fill the canvas, were it free
     natural = math.sqrt(total * inner[1] / (inner[0] * spacing)) * math.exp(
         generator.normal(0, 0.15)
     )

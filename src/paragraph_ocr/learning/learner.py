@@ -20,7 +20,7 @@ from paragraph_ocr.learning.checkpoint import all_finite
 from paragraph_ocr.learning.graphs import RecordedLoss
 from paragraph_ocr.learning.processes import send_buffers
 from paragraph_ocr.metrics import ReadingErrors, TokenLoss
-from paragraph_ocr.model.reader import Letters, Reader
+from paragraph_ocr.model.reader import Letters, Reader, compiled_for
 from paragraph_ocr.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 
@@ -58,7 +58,7 @@ class Learner(pl.LightningModule):
         ema: share of the averaged weights that an optimizer step keeps; they are what validation reads
             with and what is kept. 0 keeps no average.
         compile: augmentation and teacher-forced pass in training by torch.compile.
-        canvases_vary: see `Reader.compiled`.
+        canvas: see `Reader.compiled`.
         cuda_graphs: record the training step as CUDA graphs (one process, no loss scaling).
         on_not_finite: told the number of an optimizer step whose gradients are not finite, which then
             changes nothing; None does not look, because looking waits for a GPU.
@@ -82,7 +82,7 @@ class Learner(pl.LightningModule):
         ema: float = 0.0,
         on_not_finite: Callable[[int], None] | None = None,
         compile: bool = False,
-        canvases_vary: bool = False,
+        canvas: tuple[int, int] | None = None,
         cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
@@ -104,9 +104,10 @@ class Learner(pl.LightningModule):
         self._teach: Callable[..., tuple[Tensor, Tensor | None]] = recognizer.teach
         self._augmented: Callable[..., tuple[Tensor, Tensor | None]] = augment
         if compile:
-            self._teach = recognizer.compiled(canvases_vary=canvases_vary)
-            vary = False if canvases_vary else None
-            self._augmented = torch.compile(augment, dynamic=vary)
+            self._teach = recognizer.compiled(canvas=canvas)
+            self._augmented = (
+                torch.compile(augment) if canvas is None else compiled_for(canvas, augment)
+            )
         self._training_loss: Callable[..., tuple[Tensor, Tensor]] = (
             RecordedLoss(self._loss, recognizer, pad=vocabulary.pad, longest=max_length)
             if cuda_graphs

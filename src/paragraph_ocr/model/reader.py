@@ -66,11 +66,14 @@ class Reader(nn.Module, ABC):
         them; None of a model that cannot be told, or where nobody knows."""
         return self.forward(images, tokens, sizes), None
 
-    def compiled(self, *, canvases_vary: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def compiled(
+        self, *, canvas: tuple[int, int] | None
+    ) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """Return `teach` by torch.compile.
 
         Args:
-            canvases_vary: pages come on several canvases, and texts in many lengths on each.
+            canvas: of several that pages come on, the one that is worth compiling for: height and width in
+                pixels. None if there is but one.
         """
         return torch.compile(self.teach)
 
@@ -79,6 +82,16 @@ class Reader(nn.Module, ABC):
         return {
             name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()
         }
+
+
+def compiled_for(canvas: tuple[int, int], function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of pages "B 1 H W" by torch.compile, on any other canvas as it is."""
+    compiled = torch.compile(function, dynamic=False)
+
+    def chosen(images: Tensor, *others: Any) -> Any:
+        return (compiled if images.shape[-2:] == canvas else function)(images, *others)
+
+    return chosen
 
 
 def token_loss(

@@ -12,7 +12,7 @@ from paragraph_ocr.model.decoder import Decoder
 from paragraph_ocr.model.encoder import Encoder
 from paragraph_ocr.model.generate import Beam, Greedy, Reading, SpecialTokens, generate
 from paragraph_ocr.model.positions import add_grid_positions
-from paragraph_ocr.model.reader import Letters, Reader, token_loss
+from paragraph_ocr.model.reader import Letters, Reader, compiled_for, token_loss
 
 _NOWHERE = -100
 """Target of a cross-entropy that does not count."""
@@ -103,14 +103,16 @@ class TransformerReader(Reader):
         ]
         return torch.stack(costs).sum()
 
-    def compiled(self, *, canvases_vary: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        """Return `teach` by torch.compile; where canvases vary, the encoder alone, once for each.
+    def compiled(
+        self, *, canvas: tuple[int, int] | None
+    ) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """Return `teach` by torch.compile; of several canvases the encoder of one alone.
 
         One graph for all of them is not to be had: on an H200 it was not compiled after 160 s.
         """
-        if not canvases_vary:
-            return super().compiled(canvases_vary=False)
-        encode = torch.compile(self.encode, dynamic=False)
+        if canvas is None:
+            return super().compiled(canvas=None)
+        encode = compiled_for(canvas, self.encode)
 
         def teach(
             images: Tensor,
