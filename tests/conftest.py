@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parent / "data"))  # of iam_corpus.py, for all tests
+# of iam_corpus.py, for all tests; of commands.py, which a process that is forked imports as well
+sys.path += [str(Path(__file__).parent / "data"), str(Path(__file__).parent)]
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton

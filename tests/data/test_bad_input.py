@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 from test_archive import write_tar, write_zip
 
+from commands import run_command
 from paragraph_ocr.data.folder import FolderCorpus
 from paragraph_ocr.data.iam import IamCorpus
 from paragraph_ocr.data.store import Store
@@ -483,10 +484,9 @@ def test_a_small_disk_is_one_line_and_leaves_nothing(start, small_disk):
 def test_the_command_line_gives_the_line_and_status_2(iam_copies, tmp_path):
     folder = shutil.copytree(iam_copies / "half", tmp_path / "iam")
     (folder / "iamdb.zip").write_bytes((folder / "iamdb.zip").read_bytes()[:-100])
-    done = subprocess.run(
-        [sys.executable, "train.py", "model=tiny", "datamodule=iam_paragraphs", "tracking=off",
-         f"datamodule.root={folder}", f"outputs={tmp_path / 'outputs'}", "trainer=cpu"],
-        cwd=Path(__file__).parents[2], env={**os.environ}, capture_output=True, text=True,
+    done = run_command(
+        "train.py", "model=tiny", "datamodule=iam_paragraphs", "tracking=off", "trainer=cpu",
+        f"datamodule.root={folder}", f"outputs={tmp_path / 'outputs'}", env=os.environ,
     )  # fmt: skip
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()

@@ -1,10 +1,9 @@
 """The model that comes with the code reads, from a fresh clone, without training."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+from commands import run_command
 from paragraph_ocr.metrics import character_error_rate
 from paragraph_ocr.reading import Recognizer
 from paragraph_ocr.reading.checkpoint import DEFAULT
@@ -23,10 +22,9 @@ def test_the_released_model_is_small_and_tells_of_itself():
 
 
 def test_the_readme_s_first_reading_is_right(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "read.py", f"image={ROOT}/docs/images/page.png"],
-        cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
-    )  # fmt: skip
+    image = f"image={ROOT}/docs/images/page.png"
+    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = run_command("scripts/read.py", image, cwd=tmp_path, env=variables)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Dear friend, the garden has come\nback to life.")
 

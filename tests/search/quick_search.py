@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from commands import run_command
+
 ROOT = Path(__file__).parents[2]
 
 SEARCH = """# @package _global_
@@ -48,13 +50,8 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def search(conf: Path, outputs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(conf, outputs, *arguments),
-        cwd=outputs.parent,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    _, script, *typed = command(conf, outputs, *arguments)
+    return run_command(script, *typed, cwd=outputs.parent, env=environment())
 
 
 def runs(outputs: Path) -> list[dict[str, str]]:

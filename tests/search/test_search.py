@@ -7,7 +7,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 import yaml
 from quick_search import command, environment, runs, search
 
+from commands import run_command
 from paragraph_ocr.build import build_vocabulary
 from paragraph_ocr.build_model import build_recognizer, load_weights
 from paragraph_ocr.search.study import counts, open_storage, verdict
@@ -72,19 +72,17 @@ def test_a_search_leaves_a_parent_with_table_and_plots_and_children_by_name(conf
     assert len(runs(outputs)) == 4, "nothing is left to do"
 
     # the best is trained again as a single run, with what is typed beside it
-    script = [sys.executable, str(ROOT / "scripts" / "best.py"), str(outputs / "studies" / "quick")]
+    study = str(outputs / "studies" / "quick")
     typed = ["--config-dir", str(conf), "trainer.max_epochs=1"]
-    done = subprocess.run(
-        [*script, *typed], cwd=tmp_path, env=environment(), capture_output=True, text=True
-    )
+    done = run_command("scripts/best.py", study, *typed, cwd=tmp_path, env=environment())
     assert done.returncode == 0, done.stderr
     (config,) = outputs.glob("runs/*/config.yaml")
     alone = yaml.safe_load(config.read_text())
     assert alone["optimizer"]["lr"] == best.params["optimizer.lr"]
     assert alone["trainer"]["max_epochs"] == 1
     assert alone["trial"] is None
-    for wrong in ([*script, "--trial=77"], [*script[:2], str(tmp_path)]):
-        done = subprocess.run(wrong, env=environment(), capture_output=True, text=True)
+    for wrong in ([study, "--trial=77"], [str(tmp_path)]):
+        done = run_command("scripts/best.py", *wrong, env=environment())
         assert done.returncode == 2
         assert len(done.stderr.strip().splitlines()) == 1
 
@@ -108,8 +106,7 @@ def test_every_search_that_is_shipped_runs_a_trial(name, tmp_path):
         f"search={name}", "datamodule=fake", "debug=ci", f"outputs={outputs}",
         "hydra.sweeper.n_trials=1", "hydra.sweeper.n_jobs=1", "hydra.sweeper.winners={}",
     ]  # fmt: skip
-    train = [sys.executable, str(ROOT / "train.py"), *typed]
-    done = subprocess.run(train, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    done = run_command("train.py", *typed, cwd=tmp_path, env=environment())
     assert done.returncode == 0, done.stderr
     assert [verdict(t) for t in trials(outputs, name) if counts(t)] == ["complete"]
 
@@ -235,8 +232,14 @@ def test_two_processes_of_one_command_share_a_study(conf, tmp_path):
 def test_hydras_joblib_launcher_runs_trials_too(conf, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     outputs = tmp_path / "outputs"
-    done = search(
-        conf, outputs, "hydra/launcher=joblib", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2"
+    typed = ["hydra/launcher=joblib", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2"]
+    # its processes start as the first one did, so that one must not be forked
+    done = subprocess.run(
+        command(conf, outputs, *typed),
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     check_whole(outputs, total=4)
