@@ -117,7 +117,7 @@ def test_what_is_released_is_what_was_tested(run_experiment):
         "model=tiny", "debug=ci", "tracking=off", *INSTALLED, "datamodule=synthetic_letters",
         "datamodule.num_val=2", "datamodule.num_test=2", "datamodule.num_train=1",
         f"model.weights={released}", "trainer.max_steps=1", "optimizer=sgd", "optimizer.lr=1e-12",
-        "regularization=none", "model.encoder.freeze=true",
+        "regularization=none", "model.encoder.freeze=true", "model.encoder.horizontal_stride=4",
     )  # fmt: skip
     measured = json.loads((released / "metrics.json").read_text())
     assert measured["test/loss"] == outcome.metrics["test/loss"]
@@ -261,13 +261,18 @@ def test_the_same_seed_gives_the_same_metrics_and_another_does_not(run_experimen
     assert len({first.folder, second.folder, other.folder}) == 3
 
 
-def test_weights_of_a_run_start_another(run_experiment):
+def test_weights_of_a_run_start_another(run_experiment, capsys):
     overrides = ("model=tiny", "debug=ci", "tracking=off")
     first = run_experiment(*overrides)
     again = run_experiment(*overrides, f"model.weights={first.folder}", "optimizer.lr=1e-9")
     assert again.metrics["test/loss"] == pytest.approx(first.metrics["test/loss"], abs=0.05)
     with pytest.raises(UserError, match="belongs to another model"):
         run_experiment(*overrides, f"model.weights={first.folder}", "model.decoder.depth=3")
+    warning = "was trained with model.encoder.horizontal_stride="
+    assert warning not in "".join(capsys.readouterr())
+    other = "model.encoder.horizontal_stride=16"  # the same shapes, and cells of another width
+    run_experiment(*overrides, f"model.weights={first.folder}", other)
+    assert warning in " ".join("".join(capsys.readouterr()).split())
 
 
 def test_overfitting_validates_and_tests_the_very_batch_it_trains(run_experiment):

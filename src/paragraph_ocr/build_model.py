@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from paragraph_ocr import console
 from paragraph_ocr.config import (
     EncoderConfig,
     Experiment,
@@ -26,6 +27,7 @@ from paragraph_ocr.model.line_cnn import LineCnn
 from paragraph_ocr.model.reader import Reader
 from paragraph_ocr.model.transformer import TransformerReader
 from paragraph_ocr.quantised import restore
+from paragraph_ocr.stored import read_config
 from paragraph_ocr.vocabulary import Vocabulary
 
 
@@ -66,8 +68,27 @@ def build_recognizer(
         case other:
             raise ValueError(f"no model for {type(other).__name__}")
     if experiment.model.weights is not None and initial_weights:
-        load_weights(recognizer, Path(experiment.model.weights))
+        path = Path(experiment.model.weights)
+        load_weights(recognizer, path)
+        if isinstance(experiment.model, TransformerModel):
+            _compare_columns(experiment.model, path)
     return recognizer
+
+
+def _compare_columns(model: TransformerModel, path: Path) -> None:
+    """Warn if weights were trained with columns of another width, which their shapes do not tell."""
+    try:
+        trained = read_config(path if path.is_dir() else path.parent).model
+    except UserError:  # weights alone, or of another version
+        return
+    if not isinstance(trained, TransformerModel):
+        return
+    then, now = trained.encoder.horizontal_stride, model.encoder.horizontal_stride
+    if then != now:
+        console.warn(
+            f"model.weights={path} was trained with model.encoder.horizontal_stride={then}, "
+            f"and this model has {now}: it does not read until it is trained again."
+        )
 
 
 def _transformer(
