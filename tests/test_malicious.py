@@ -19,6 +19,7 @@ import torch
 
 from malicious_files import CASES, SECRET, Place, png
 from paragraph_ocr import build, build_model
+from paragraph_ocr.config import register_schema
 from paragraph_ocr.data.archive import sources
 from paragraph_ocr.data.emnist import read_emnist
 from paragraph_ocr.data.folder import FolderCorpus
@@ -193,6 +194,7 @@ def test_a_config_names_no_code_but_what_belongs_there(override):
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
+    register_schema()
     search = ["search=learning_rate"] if override in STUDY_TARGETS else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = hydra_compose("train", [*search, override], return_hydra_config=True)
@@ -214,6 +216,7 @@ def test_every_config_that_is_shipped_passes():
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
+    register_schema()
     for search in [None, *sorted(path.stem for path in (CONF / "search").glob("*.yaml"))]:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             chosen = [f"search={search}"] if search else ["hydra/job_logging=default"]
