@@ -69,6 +69,62 @@ def test_batched_muon_takes_the_steps_of_torchs_own(rule, nesterov):
             assert (a - b).norm() < 0.08 * (b - start).norm()
 
 
+def test_muon_takes_filters_as_the_rows_of_a_matrix():
+    torch.manual_seed(0)
+    convolution, linear = nn.Conv2d(3, 8, 3, bias=False), nn.Linear(27, 8, bias=False)
+    linear.weight.data = convolution.weight.data.flatten(1).clone()
+    convolution.weight.data = convolution.weight.data.to(memory_format=torch.channels_last)
+    settings = {"lr": 0.1, "weight_decay": 0.2}
+    extra = {"adjust_lr_fn": "match_rms_adamw", "filters": True}
+    other = nn.Linear(4, 4, bias=False)  # torch's Muon wants a matrix
+    ours = build_optimizer(
+        nn.ModuleList([convolution, other]), name="muon", **settings, extra=extra
+    )
+    theirs = build_optimizer(linear, name="muon", **settings, extra=extra)
+    for _ in range(3):
+        convolution.weight.grad = torch.randn_like(convolution.weight)
+        linear.weight.grad = convolution.weight.grad.flatten(1).clone()
+        ours.step()
+        theirs.step()
+        assert torch.allclose(convolution.weight.flatten(1), linear.weight, atol=1e-5)
+
+
+def test_filters_are_left_to_adamw_where_that_is_asked_for():
+    steps = []
+    for name, more in [("muon", {"filters": False}), ("adamw", {})]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+        optimizer = build_optimizer(net, name=name, lr=0.1, weight_decay=0.1, extra=more)
+        net(torch.ones(2, 1, 3, 3)).square().sum().backward()
+        optimizer.step()
+        steps.append(net[0].weight.detach())
+    assert torch.allclose(*steps)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU records")
+def test_recorded_muon_takes_the_steps_of_the_plain_one():
+    nets, optimizers = [], []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(72, 16), nn.Linear(16, 16))
+        nets.append(net.cuda())
+        optimizers.append(
+            build_optimizer(
+                net, name="muon", lr=1e-2, weight_decay=0.1, extra={}, recorded=recorded
+            )
+        )
+    for step in range(4):
+        pages = torch.randn(4, 1, 5, 5, device="cuda")
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            optimizer.zero_grad()
+            net(pages).square().sum().backward()
+            if step == 2:  # other shapes are recorded anew
+                net[3].weight.grad = None
+            optimizer.step()
+    for plain, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(plain, other)
+
+
 def test_orthogonalised_matrices_have_singular_values_near_one():
     matrices = torch.randn(3, 20, 12, generator=torch.Generator().manual_seed(0))
     found = orthogonalise(matrices, coefficients=(3.4445, -4.775, 2.0315), steps=8, eps=1e-7)

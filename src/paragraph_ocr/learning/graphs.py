@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from paragraph_ocr.cuda_graph import recording
+from paragraph_ocr.cuda_graph import recording, warm_up
 from paragraph_ocr.errors import UserError
 
 PADDED_LENGTH = 64
@@ -162,12 +162,7 @@ class _Recording:
         buffers = list(step.module.buffers())
         before = [buffer.clone() for buffer in buffers]
         random = torch.cuda.get_rng_state()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles, and lets libraries take their memory
-                step(self._batch)
-        torch.cuda.current_stream().wait_stream(stream)
+        warm_up(lambda: step(self._batch))
         self._graph = torch.cuda.CUDAGraph()
         with recording(self._graph, pool=pool):
             self._latest = step(self._batch)

@@ -1,14 +1,15 @@
 """Optimizers and schedules by name, with the parameters that should not decay left alone."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
+from paragraph_ocr.cuda_graph import Recorded
 from paragraph_ocr.errors import UserError
 
 _OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -22,6 +23,7 @@ def build_optimizer(
     weight_decay: float,
     extra: dict[str, Any],
     fused: bool = False,
+    recorded: bool = False,
 ) -> torch.optim.Optimizer:
     """Return the optimizer over the parameters that want a gradient.
 
@@ -29,6 +31,7 @@ def build_optimizer(
 
     Args:
         fused: one kernel for all parameters, unless `extra` says otherwise.
+        recorded: what Muon launches hundreds of kernels for, as one CUDA graph.
 
     Raises:
         UserError: `extra` holds an argument that the optimizer does not take.
@@ -39,10 +42,14 @@ def build_optimizer(
     plain = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
     try:
         if name == "muon":
-            hidden = [p for p in decay if p.ndim == 2]
-            rest = [p for p in decay if p.ndim != 2]
             return MuonWithAdamW(
-                hidden, rest, plain, lr=lr, weight_decay=weight_decay, extra=extra, fused=fused
+                decay,
+                plain,
+                lr=lr,
+                weight_decay=weight_decay,
+                extra=extra,
+                fused=fused,
+                recorded=recorded,
             )
         groups: list[dict[str, Any]] = [
             {"params": decay, "weight_decay": weight_decay},
@@ -59,44 +66,72 @@ def build_optimizer(
 
 
 class BatchedMuon(torch.optim.Muon):
-    """torch's Muon with all matrices of one shape orthogonalised together.
+    """torch's Muon with all matrices of one shape orthogonalised together, and with filters.
 
     A decoder has dozens of small ones, and one at a time they keep a GPU waiting for its CPU. On a
-    CPU they are computed in float32, where bfloat16 is slower.
+    CPU they are computed in float32, where bfloat16 is slower. A convolution's filters "out in h w" are
+    the rows of a matrix; torch takes them in groups that are added.
+
+    Args:
+        recorded: orthogonalise as one CUDA graph.
     """
+
+    def __init__(self, *args: Any, recorded: bool = False, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._orthogonalised = Recorded(self._orthogonalise) if recorded else self._orthogonalise
 
     @torch.no_grad()
     def step(self, closure=None):  # type: ignore[override]
         assert closure is None, "MuonWithAdamW has called it"
+        parts: list[_OfOneShape] = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            grads = [p.grad for p in params]
-            for p in params:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-            nesterov = group["nesterov"]
-            updates = (
-                torch._foreach_lerp(grads, buffers, group["momentum"]) if nesterov else buffers
-            )
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            by_shape: dict[torch.Size, list[int]] = {}
-            for index, p in enumerate(params):
-                by_shape.setdefault(p.shape, []).append(index)
-            for shape, indices in by_shape.items():
-                stacked = torch.stack([updates[index] for index in indices])
-                directions = orthogonalise(
-                    stacked,
-                    coefficients=group["ns_coefficients"],
-                    steps=group["ns_steps"],
-                    eps=group["eps"],
-                ).to(stacked.dtype)
-                rate = group["lr"] * _share_of_rate(shape, group["adjust_lr_fn"])
-                chosen = [params[index] for index in indices]
-                torch._foreach_add_(chosen, list(directions.unbind()), alpha=-rate)
+            by_shape: dict[torch.Size, _OfOneShape] = {}
+            for p, update in zip(params, self._updates(group, params), strict=True):
+                part = by_shape.setdefault(p.shape, _OfOneShape(group, [], []))
+                part.params.append(p)
+                part.updates.append(update.flatten(1))
+            parts += by_shape.values()
+        if not parts:
+            return
+        directions = self._orthogonalised([torch.stack(part.updates) for part in parts])
+        for part, found in zip(parts, directions, strict=True):
+            rate = part.group["lr"] * _share_of_rate(found.shape[1:], part.group["adjust_lr_fn"])
+            steps = found.unflatten(2, part.params[0].shape[1:]).unbind()
+            torch._foreach_add_(part.params, list(steps), alpha=-rate)
+
+    def _updates(self, group: dict[str, Any], params: list[nn.Parameter]) -> Sequence[Tensor]:
+        """Return the parameters' momentum, the newest gradients in it."""
+        grads = [p.grad for p in params if p.grad is not None]
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        if not group["nesterov"]:
+            return buffers
+        return torch._foreach_lerp(grads, buffers, group["momentum"])
+
+    def _orthogonalise(self, stacks: Sequence[Float[Tensor, "_ _ _"]]) -> list[Tensor]:
+        group = self.param_groups[0]
+        return [
+            orthogonalise(
+                stacked,
+                coefficients=group["ns_coefficients"],
+                steps=group["ns_steps"],
+                eps=group["eps"],
+            ).to(stacked.dtype)
+            for stacked in stacks
+        ]
+
+
+class _OfOneShape(NamedTuple):
+    group: dict[str, Any]
+    params: list[Tensor]
+    updates: list[Tensor]
 
 
 def orthogonalise(
@@ -133,38 +168,49 @@ def _share_of_rate(shape: torch.Size, rule: str | None) -> float:
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for the hidden matrices, AdamW for everything else, as one.
+    """Muon (Jordan et al. 2024) for matrices and filters, AdamW for everything else, as one.
 
     The two inner optimizers work on this one's parameter groups and state, so schedules,
     gradient scaling and checkpoints see a single optimizer.
+
+    Args:
+        extra: arguments of torch.optim.Muon; and `filters`, false to leave convolutions to AdamW.
     """
 
     def __init__(
         self,
-        hidden: list[nn.Parameter],
-        rest: list[nn.Parameter],
+        decay: list[nn.Parameter],
         plain: list[nn.Parameter],
         *,
         lr: float,
         weight_decay: float,
         extra: dict[str, Any],
         fused: bool = False,
+        recorded: bool = False,
     ) -> None:
-        self._muon = BatchedMuon(hidden, lr=lr, weight_decay=weight_decay, **extra)
+        extra = dict(extra)
+        dimensions = {2, 4} if extra.pop("filters", True) else {2}
+        matrices = [p for p in decay if p.ndim == 2]
+        filters = [p for p in decay if p.ndim in dimensions - {2}]
+        rest = [p for p in decay if p.ndim not in dimensions]
+        self._muon = BatchedMuon(
+            matrices, lr=lr, weight_decay=weight_decay, recorded=recorded, **extra
+        )
+        if filters:
+            self._muon.add_param_group({"params": filters})
         others: list[dict[str, Any]] = [{"params": rest}, {"params": plain, "weight_decay": 0.0}]
         # None, not False: torch's own default is a middle way
         self._adamw = torch.optim.AdamW(
             others, lr=lr, weight_decay=weight_decay, fused=fused or None
         )
-        super().__init__([{"params": [*hidden, *rest, *plain]}], {"lr": lr})
+        super().__init__([{"params": [*decay, *plain]}], {"lr": lr})
         self.param_groups = [*self._muon.param_groups, *self._adamw.param_groups]
         self._share()
 
     def _share(self) -> None:
-        self._muon.param_groups, self._adamw.param_groups = (
-            self.param_groups[:1],
-            self.param_groups[1:],
-        )
+        count = len(self._muon.param_groups)
+        self._muon.param_groups = self.param_groups[:count]
+        self._adamw.param_groups = self.param_groups[count:]
         self._muon.state = self._adamw.state = self.state
 
     @torch.no_grad()
