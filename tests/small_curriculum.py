@@ -32,7 +32,10 @@ RECIPES = {
 """What an experiment needs of its user, where there is no GPU."""
 
 FEW_STAGES = [
-    *(f"~curriculum.corpora.{name}_lines" for name in ("two", "four", "seven")),
+    *(
+        f"~curriculum.corpora.{name}"
+        for name in ("two_lines", "four_lines", "seven_lines", "first_pages")
+    ),
     *(
         f"curriculum.corpora.{name}.{change}"
         for name in ("one_line", "full_pages")
@@ -41,8 +44,9 @@ FEW_STAGES = [
             "min_characters=4", "mean_characters=10", "max_characters=20", "max_length=24",
         )
     ),
-    "curriculum.stages=[{corpora:{one_line:1},batch_size:2,max_steps:1},"
+    "curriculum.stages=[{corpora:{one_line:1,full_pages:1},batch_size:2,max_steps:1},"
     "{corpora:{full_pages:1},batch_size:2}]",
     "curriculum.look_every=1",
 ]  # fmt: skip
-"""What makes two steps of a recipe that renders its stages."""
+"""What makes two steps of a recipe that renders its stages: all in the first one, so that no process
+renders beside, which would only be waited for."""

@@ -1,5 +1,6 @@
 """From an experiment to its parts: the only place that knows both config and objects."""
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -128,6 +129,7 @@ def build_learner(experiment: Experiment, recognizer: Reader, vocabulary: Vocabu
         weight_decay=regularization.weight_decay,
         # a fused step would unscale what has been clipped already
         fused=_uses_gpus(trainer) and not _scales_loss(trainer),
+        recorded=trainer.cuda_graphs,
         **asdict(experiment.optimizer),
     )
     return Learner(
@@ -239,7 +241,9 @@ def build_datamodule(
             placement=data.placement,
             pad_to_multiple=data.pad_to_multiple,
         )
-        variant = replace(experiment, datamodule=loaded)
+        # by its name, so that corpora which differ in nothing else are not the same paragraphs
+        seed = experiment.seed + zlib.crc32(name.encode())
+        variant = replace(experiment, datamodule=loaded, seed=seed)
         corpora[name] = build_pages(variant, vocabulary, progress=progress)
     stages = [Stage(s.corpora, s.batch_size, s.below, s.max_steps) for s in config.stages]
     curriculum = Curriculum(
