@@ -124,12 +124,14 @@ def build_learner(experiment: Experiment, recognizer: Reader, vocabulary: Vocabu
     pages = experiment.datamodule
     if not any(parameter.requires_grad for parameter in recognizer.parameters()):
         raise UserError("model: nothing is left to train. Pass model.encoder.freeze=false.")
+    # scaling would have to be part of the graph; so would the talk of several processes
+    recorded = trainer.cuda_graphs and num_processes(trainer) == 1 and not _scales_loss(trainer)
     optimizer = build_optimizer(
         recognizer,
         weight_decay=regularization.weight_decay,
         # a fused step would unscale what has been clipped already
         fused=_uses_gpus(trainer) and not _scales_loss(trainer),
-        recorded=trainer.cuda_graphs,
+        recorded=recorded,
         **asdict(experiment.optimizer),
     )
     return Learner(
@@ -149,10 +151,7 @@ def build_learner(experiment: Experiment, recognizer: Reader, vocabulary: Vocabu
         compile=trainer.compile,
         # most of a curriculum's time goes to whole pages; each further canvas would take half a minute
         canvas=(pages.height, pages.width) if experiment.curriculum.stages else None,
-        # scaling would have to be part of the graph; so would the talk of several processes
-        cuda_graphs=trainer.cuda_graphs
-        and num_processes(trainer) == 1
-        and not _scales_loss(trainer),
+        cuda_graphs=recorded,
     )
 
 
