@@ -33,7 +33,9 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Everything that runs in minutes on a CPU."""
     two = ("-n", "2", "--dist", "worksteal")  # most of it waits for processes that start
-    session.run(*PYTHON, "pytest", *two, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    # byte code is kept even where a machine is set against it: dozens of processes would compile anew
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
+    session.run(*PYTHON, "pytest", *two, *session.posargs, env=variables)
 
 
 @nox.session

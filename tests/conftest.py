@@ -46,6 +46,35 @@ def run_experiment(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def unbroken(tmp_path_factory):
+    """Return the outputs of killing.QUICK, run without a break."""
+    import killing
+
+    outputs = tmp_path_factory.mktemp("unbroken")
+    assert killing.run([*killing.QUICK, f"outputs={outputs}"]) == 0
+    return outputs
+
+
+@pytest.fixture(scope="session")
+def curriculum_stores(tmp_path_factory):
+    """Return a folder of the stores of SMALL_CURRICULUM.
+
+    To be copied as the `data` of outputs, where a process beside that renders them would only be
+    waited for.
+    """
+    from paragraph_ocr import build
+    from paragraph_ocr.validation import compose, validate
+    from small_curriculum import SMALL_CURRICULUM
+
+    outputs = tmp_path_factory.mktemp("curriculum")
+    experiment = validate(compose([*SMALL_CURRICULUM, "model=tiny", f"outputs={outputs}"]))
+    module = build.build_datamodule(experiment, build.build_vocabulary(experiment))
+    for pages in module.corpora.values():
+        pages.prepare_data()
+    return outputs / "data"
+
+
+@pytest.fixture(scope="session")
 def iam_pages():
     """Return 20 forms like IAM's, a quarter of their size."""
     import iam_corpus

@@ -18,6 +18,12 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[1]
 TIMINGS = ("images_per_second", "minutes", "gpu_memory_gib", "system/")
 
+QUICK = [
+    "model=tiny", "datamodule=fake", "debug=ci", "trainer=cpu", "regularization=standard",
+    "trainer.max_steps=-1", "trainer.max_epochs=3", "trainer.checkpoint.every_n_steps=1",
+]  # fmt: skip
+"""Twelve steps with dropout, noise and augmentation, a checkpoint at each."""
+
 
 def command():
     """Return train.py as a module, with all that it imports in the course of a run."""

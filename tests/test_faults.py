@@ -21,19 +21,11 @@ import yaml
 from torch.utils.data import dataloader
 
 import killing
+from killing import QUICK
 from paragraph_ocr.ends import explain_end
 from paragraph_ocr.validation import compose, validate
-from test_resume import QUICK
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="session")
-def unbroken(tmp_path_factory):
-    """Return the outputs of QUICK, run without a break."""
-    outputs = tmp_path_factory.mktemp("unbroken")
-    assert killing.run([*QUICK, f"outputs={outputs}"]) == 0
-    return outputs
 
 
 @pytest.fixture(scope="session")

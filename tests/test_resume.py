@@ -11,14 +11,9 @@ import pytest
 import torch
 
 import killing
+from killing import QUICK
 from paragraph_ocr import console
 from small_curriculum import SMALL_CURRICULUM
-
-QUICK = [
-    "model=tiny", "datamodule=fake", "debug=ci", "trainer=cpu", "regularization=standard",
-    "trainer.max_steps=-1", "trainer.max_epochs=3", "trainer.checkpoint.every_n_steps=1",
-]  # fmt: skip
-"""Twelve steps with dropout, noise and augmentation, a checkpoint at each."""
 
 IN_STEPS = ["trainer.accumulate_grad_batches=2", "regularization.ema=0.9"]
 WORKERS = ["datamodule.num_workers=2", "regularization.augment_on=workers"]
@@ -48,14 +43,6 @@ def quick(outputs, *more):
     return [*QUICK, *more, f"outputs={outputs}"]
 
 
-@pytest.fixture(scope="session")
-def unbroken(tmp_path_factory):
-    """Return the outputs of QUICK, run without a break."""
-    outputs = tmp_path_factory.mktemp("unbroken")
-    assert killing.run(quick(outputs)) == 0
-    return outputs
-
-
 def kinds(iam_copies, emnist, tmp_path):
     """Return for each kind of data module what is typed to train on a little of it."""
     iam = f"datamodule.root={iam_copies / 'half'}"
@@ -81,9 +68,15 @@ def kinds(iam_copies, emnist, tmp_path):
     }
 
 
-def killed_and_unbroken(tmp_path, typed, *, kills, seed=0):
-    """Run twice, once killed again and again, compare, and return the kills that struck."""
+def killed_and_unbroken(tmp_path, typed, *, kills, seed=0, stores=None):
+    """Run twice, once killed again and again, compare, and return the kills that struck.
+
+    Args:
+        stores: the pages of the unbroken run, which else renders its own, as the other does.
+    """
     one, other = tmp_path / "one", tmp_path / "other"
+    if stores is not None:
+        shutil.copytree(stores, one / "data")
     assert killing.run([*typed, f"outputs={one}"]) == 0
     struck = killing.kill_until_done(
         [*typed, f"outputs={other}"], other, kills=kills, dice=random.Random(seed)
@@ -108,13 +101,13 @@ def test_so_does_one_whose_workers_stack_and_augment_its_pages(tmp_path, iam_cop
     assert any(struck)
 
 
-def test_so_does_one_that_follows_a_curriculum(tmp_path):
+def test_so_does_one_that_follows_a_curriculum(tmp_path, curriculum_stores):
     typed = [
         "model=tiny", *SMALL_CURRICULUM, "trainer=cpu", "regularization=standard",
         "trainer.max_epochs=8", "trainer.checkpoint.every_n_steps=1",
         "schedule=warmup_stable_decay", "schedule.warmup_steps=3",
     ]  # fmt: skip
-    struck = killed_and_unbroken(tmp_path, typed, kills=3, seed=1)
+    struck = killed_and_unbroken(tmp_path, typed, kills=3, seed=1, stores=curriculum_stores)
     assert len([step for step in struck if step]) >= 2
 
 

@@ -5,17 +5,19 @@ import resource
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from commands import run_command
+from commands import run_command, start_command
 
 ROOT = Path(__file__).parents[1]
+WITHOUT_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def train(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return run_command("train.py", *arguments, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    return run_command("train.py", *arguments, env=WITHOUT_GPU)
 
 
 def train_anew(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -23,7 +25,7 @@ def train_anew(*arguments: str, **variables: str) -> subprocess.CompletedProcess
     return subprocess.run(
         [sys.executable, "train.py", *arguments],
         cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **variables},
+        env={**WITHOUT_GPU, **variables},
         capture_output=True,
         text=True,
     )
@@ -178,20 +180,13 @@ def test_a_run_that_breaks_says_failed_in_mlflow_and_ends_with_status_1(tmp_path
 
 def test_a_run_that_is_terminated_says_killed_in_mlflow(tmp_path):
     typed = ["model=tiny", "datamodule=fake", "trainer.max_epochs=100000", f"outputs={tmp_path}"]
-    running = subprocess.Popen(
-        [sys.executable, "train.py", *typed],
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert running.stdout is not None
-    for line in running.stdout:
-        if line.startswith("step"):
-            break
+    streams = [tmp_path / "stdout", tmp_path / "stderr"]
+    running = start_command("train.py", *typed, env=WITHOUT_GPU, streams=streams)
+    while "\nstep" not in streams[0].read_text():
+        assert running.is_alive(), streams[1].read_text()
+        time.sleep(0.02)
     running.terminate()
-    running.communicate(timeout=60)
-    assert running.returncode == 1
+    running.join(timeout=60)
+    assert running.exitcode == 1
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         assert database.execute("select status from runs").fetchall() == [("KILLED",)]

@@ -150,13 +150,14 @@ def test_noise_has_the_promised_lines_and_characters(noise, tmp_path, vocabulary
 
 
 PROGRAM = """
-import sys
+import signal, sys
 from pathlib import Path
 from dataclasses import replace
 sys.path.insert(0, sys.argv[2])
 from conftest import CHARACTERS, notes
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit none
     corpus = replace(notes.__wrapped__() if hasattr(notes, "__wrapped__") else notes(), num_train=20_000)
 
     def say(done, total):

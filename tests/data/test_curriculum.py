@@ -1,5 +1,6 @@
 """Stages of a curriculum, drawn and followed."""
 
+import shutil
 import subprocess
 import threading
 import time
@@ -19,7 +20,7 @@ from paragraph_ocr.data.curriculum import CurriculumDataModule, prepare_beside
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.learning.curriculum import FollowCurriculum
 from paragraph_ocr.validation import compose, validate
-from small_curriculum import SMALL_CURRICULUM
+from small_curriculum import RECIPES, SMALL_CURRICULUM
 
 STAGES = (
     Stage({"lines": 1.0}, 8, below=0.8, max_steps=None),
@@ -64,6 +65,12 @@ def test_a_stage_is_over_once_its_loss_is_low_or_its_steps_are_done(stage, loss,
 
 
 @pytest.fixture
+def rendered(curriculum_stores, tmp_path):
+    """Put all pages there, for tests that do not look at their rendering."""
+    shutil.copytree(curriculum_stores, tmp_path / "data")
+
+
+@pytest.fixture
 def small(tmp_path):
     experiment = validate(compose([*SMALL_CURRICULUM, "model=tiny", f"outputs={tmp_path}"]))
     module = build.build_datamodule(experiment, build.build_vocabulary(experiment))
@@ -87,6 +94,21 @@ def test_each_stage_has_its_canvas_and_batch_and_later_ones_wait_for_their_pages
     assert [batch.images.shape[2] for batch in small.val_dataloader()] == [96]
 
 
+def test_corpora_that_differ_in_their_names_alone_hold_different_paragraphs():
+    same = [f"curriculum.corpora.{name}.num_train=8" for name in ("first_pages", "full_pages")]
+    typed = ["experiment=ten_minutes", *RECIPES["ten_minutes"], *same]
+    experiment = validate(compose(typed))
+    vocabulary = build.build_vocabulary(experiment)
+    first, full = (
+        build.build_datamodule(experiment, vocabulary).corpora[name].corpus
+        for name in ("first_pages", "full_pages")
+    )
+    assert replace(first, seed=0) == replace(full, seed=0)
+    assert first.seed != full.seed
+    assert first.fingerprint() != full.fingerprint()
+
+
+@pytest.mark.usefixtures("rendered")
 def test_looks_differ_and_a_look_is_the_same_twice(small):
     order = small.train_dataloader().sampler
     first, again = [*order], [*order]
@@ -127,6 +149,7 @@ def test_a_training_that_ends_early_leaves_no_half_of_a_store_and_no_process(tmp
     assert not path.exists() and not any(path.parent.glob(f".{path.name}*"))
 
 
+@pytest.mark.usefixtures("rendered")
 def test_what_fails_beside_is_told_where_it_is_needed(small, monkeypatch, tmp_path):
     small.teardown("fit")
     path = store_path(small.corpora["two_lines"].corpus, small.pages.root)
@@ -146,6 +169,7 @@ def test_what_fails_beside_is_told_where_it_is_needed(small, monkeypatch, tmp_pa
     small._beside = None
 
 
+@pytest.mark.usefixtures("rendered")
 def test_pages_in_memory_are_opened_ahead_of_their_stage_and_give_the_same_batches(
     monkeypatch, tmp_path
 ):
@@ -209,6 +233,7 @@ def test_a_stage_that_is_over_goes_on_until_the_next_one_s_pages_are_there(tmp_p
     quick.teardown("fit")
 
 
+@pytest.mark.usefixtures("rendered")
 def test_training_stays_in_a_stage_until_the_next_may_begin(tmp_path):
     experiment = validate(compose([*SMALL_CURRICULUM, "model=tiny", f"outputs={tmp_path}"]))
     vocabulary = build.build_vocabulary(experiment)

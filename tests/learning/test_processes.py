@@ -4,8 +4,9 @@ import os
 import signal
 import sqlite3
 import subprocess
-import sys
 import threading
+import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
@@ -13,13 +14,12 @@ import pytest
 import torch
 from lightning_fabric.plugins.environments import LightningEnvironment
 
+from commands import start_command
 from paragraph_ocr import build, build_model
 from paragraph_ocr.learning import processes
 from paragraph_ocr.learning.processes import norms_that_differ, synchronise_batch_norms
 from paragraph_ocr.model.encoder import Encoder
 from paragraph_ocr.validation import compose, validate
-
-ROOT = Path(__file__).parents[2]
 
 # BatchNorm is frozen, for on CPUs each process has its own; shares are uneven in training,
 # validation and test, and two batches make a step
@@ -42,15 +42,11 @@ LEARNING = (
 TOGETHER = ("trainer=ddp", "trainer.devices=2")
 
 
-def start(*overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "train.py", *overrides],
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(folder: Path, *overrides: str) -> BaseProcess:
+    """Start a training whose processes write to two files in a folder."""
+    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    streams = [folder / "stdout", folder / "stderr"]
+    return start_command("train.py", *overrides, env=variables, streams=streams)
 
 
 def rows(outputs: Path, query: str) -> list[tuple]:
@@ -65,10 +61,11 @@ def curves(outputs: Path) -> dict[tuple[str, int], float]:
 
 def test_two_processes_learn_and_score_as_one_and_are_one_run(tmp_path, run_experiment):
     outputs = tmp_path / "together"
-    together = start(*TOGETHER, *LEARNING, "datamodule.batch_size=2", f"outputs={outputs}")
+    typed = [*TOGETHER, *LEARNING, "datamodule.batch_size=2", f"outputs={outputs}"]
+    together = start(tmp_path, *typed)
     run_experiment(*LEARNING, "datamodule.batch_size=4")
-    said, complained = together.communicate(timeout=200)
-    assert together.returncode == 0, complained
+    together.join(timeout=200)
+    assert together.exitcode == 0, (tmp_path / "stderr").read_text()
     one, two = curves(tmp_path), curves(outputs)
     assert one.keys() == two.keys()
     losses = {key for key in one if key[0] == "train/loss"}
@@ -81,29 +78,30 @@ def test_two_processes_learn_and_score_as_one_and_are_one_run(tmp_path, run_expe
     assert rows(outputs, "select status from runs") == [("FINISHED",)]
     (folder,) = (outputs / "runs").iterdir()
     assert {file.name for file in folder.iterdir()} >= {"config.yaml", "best.safetensors"}
-    assert said.count("run folder") == 1
+    assert (tmp_path / "stdout").read_text().count("run folder") == 1
 
 
 @pytest.mark.parametrize("victim", [pytest.param("first", marks=pytest.mark.slow), "second"])
 def test_a_process_that_is_killed_takes_the_other_along(victim, tmp_path):
     endless = ("trainer.max_steps=1000000", "trainer.max_epochs=1000000", "datamodule=fake")
-    first = start("model=tiny", "debug=ci", *endless, *TOGETHER, "trainer.accelerator=cpu",
-                  "trainer.precision=32-true", f"outputs={tmp_path}")  # fmt: skip
-    assert first.stdout is not None
-    for line in first.stdout:
-        if line.startswith("step"):
-            break
+    first = start(tmp_path, "model=tiny", "debug=ci", *endless, *TOGETHER, "trainer.accelerator=cpu",
+                  "trainer.precision=32-true", f"outputs={tmp_path / 'outputs'}")  # fmt: skip
+    while "\nstep" not in (tmp_path / "stdout").read_text():
+        assert first.is_alive(), (tmp_path / "stderr").read_text()
+        time.sleep(0.02)
     (second,) = [
         child for child in psutil.Process(first.pid).children() if "train.py" in child.cmdline()[1]
     ]
     os.kill(first.pid if victim == "first" else second.pid, signal.SIGKILL)
-    _, said = first.communicate(timeout=60)  # both write there: it ends when both have
+    first.join(timeout=60)
+    psutil.wait_procs([second], timeout=60)
     assert not second.is_running() or second.status() == psutil.STATUS_ZOMBIE
+    said = (tmp_path / "stderr").read_text()  # both write there
     (line,) = said.strip().splitlines()
     if victim == "second":
-        assert first.returncode == 1
+        assert first.exitcode == 1
         assert line.startswith("Process 2 of 2 was killed by SIGKILL")
-        assert rows(tmp_path, "select status from runs") == [("FAILED",)]
+        assert rows(tmp_path / "outputs", "select status from runs") == [("FAILED",)]
     else:
         assert line.startswith("Process 1 of 2 is gone")
 

@@ -1,6 +1,6 @@
-"""Compile the stem's kernels for a GPU that need not be there, and print what each takes of one.
+"""Compile the stem's kernels for GPUs that need not be there, and print what each takes of one.
 
-Run as a script, for in the tests' own process Triton interprets: python compile_stem.py CAPABILITY
+Run as a script, for in the tests' own process Triton interprets: python compile_stem.py CAPABILITY...
 """
 
 import json
@@ -43,9 +43,9 @@ def compile_all(capability, dtype):
 
 
 if __name__ == "__main__":
-    capability = int(sys.argv[1])
     found = {
-        f"{name} {TYPES[dtype]}": shared
+        f"{name} {TYPES[dtype]} {capability}": shared
+        for capability in map(int, sys.argv[1:])
         for dtype in TYPES
         for name, shared in compile_all(capability, dtype)
     }

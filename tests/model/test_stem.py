@@ -141,16 +141,15 @@ def test_only_the_classic_stem_is_taken_over(name, fits):
     assert Stem.fits(Encoder(name, stage=2).net) is fits
 
 
-@pytest.mark.parametrize("capability", [75, 90])
-def test_the_kernels_compile_for_gpus_that_are_not_here(capability, tmp_path):
+def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     script = Path(__file__).with_name("compile_stem.py")
     compiled = subprocess.run(
-        [sys.executable, script, str(capability)],
+        [sys.executable, script, "75", "90"],
         env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
     )
     assert compiled.returncode == 0, compiled.stderr[-2000:]
     shared = json.loads(compiled.stdout)
-    assert len(shared) == 9
+    assert len(shared) == 2 * 9
     assert max(shared.values()) <= 64 * 1024, "the least that a program may have on any of them"

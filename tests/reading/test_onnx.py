@@ -5,17 +5,15 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from pages import scans
 
+from commands import run_command
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.reading.onnx import OnnxRecognizer
-
-ROOT = Path(__file__).parents[2]
 
 pytest.importorskip("onnxscript", reason="needs pip install -e '.[onnx]'")
 
@@ -29,11 +27,8 @@ def paths(images):
 def export(run_folder, images, tmp_path_factory):
     """Return the folder of the model as graphs, and what the command said."""
     folder = tmp_path_factory.mktemp("onnx")
-    command = [sys.executable, "scripts/export.py", f"checkpoint={run_folder}", f"folder={folder}"]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    ran = subprocess.run(
-        [*command, f"images={images}"], cwd=ROOT, env=variables, capture_output=True, text=True
-    )
+    typed = [f"checkpoint={run_folder}", f"folder={folder}", f"images={images}"]
+    ran = run_command("scripts/export.py", *typed, env=os.environ)
     assert ran.returncode == 0, ran.stderr
     return folder, ran.stdout
 

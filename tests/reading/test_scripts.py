@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,11 +47,14 @@ def test_one_image_gives_its_text_and_nothing_else(read, recognizer, run_folder,
 
 
 def test_a_model_says_whether_pages_are_normalised_unless_the_words_do(
-    read, make_run, images, capsys, monkeypatch
+    read, run_folder, images, capsys, tmp_path
 ):
     from paragraph_ocr.reading import Recognizer
 
-    path, run = scans(images)[8], make_run("datamodule.normalise=true")
+    path, run = scans(images)[8], shutil.copytree(run_folder, tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    assert config.count("normalise: false") == 1
+    (run / "config.yaml").write_text(config.replace("normalise: false", "normalise: true"))
     recognizer = Recognizer.load(run, device="cpu")
     assert recognizer.normalise
     texts = {}

@@ -49,9 +49,11 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **variables}
 
 
-def search(conf: Path, outputs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def search(
+    conf: Path, outputs: Path, *arguments: str, more_bytes: int | None = None
+) -> subprocess.CompletedProcess[str]:
     _, script, *typed = command(conf, outputs, *arguments)
-    return run_command(script, *typed, cwd=outputs.parent, env=environment())
+    return run_command(script, *typed, cwd=outputs.parent, env=environment(), more_bytes=more_bytes)
 
 
 def runs(outputs: Path) -> list[dict[str, str]]:
