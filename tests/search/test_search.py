@@ -25,8 +25,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def trials(outputs: Path, name: str = "quick") -> list[optuna.trial.FrozenTrial]:
-    folder = name.partition(".confirmed")[0]
-    storage = open_storage(f"journal:///{outputs}/studies/{folder}/journal.log")
+    """The trials of a study: none until it is there, a moment after its journal."""
+    journal = outputs / "studies" / name.partition(".confirmed")[0] / "journal.log"
+    if not journal.exists():
+        return []
+    storage = open_storage(f"journal:///{journal}")
+    if name not in optuna.get_all_study_names(storage):
+        return []
     return optuna.load_study(study_name=name, storage=storage).trials
 
 
@@ -117,13 +122,12 @@ def kill_and_go_on(conf, outputs, *, total, kills, arguments=()):
     dice = random.Random(0)
     _, script, *typed = command(conf, outputs, f"hydra.sweeper.n_trials={total}", *arguments)
     said = [outputs.parent / name for name in ("stdout", "stderr")]
-    journal = outputs / "studies/quick/journal.log"
     killed = 0
     while True:
-        before = len(trials(outputs)) if journal.exists() else 0
+        before = len(trials(outputs))
         process = start_command(script, *typed, cwd=outputs.parent, env=environment(), streams=said)
         if killed < kills and killed % 5 < 4:
-            while process.is_alive() and not (journal.exists() and len(trials(outputs)) > before):
+            while process.is_alive() and len(trials(outputs)) <= before:
                 time.sleep(0.05)
         process.join(600.0 if killed == kills else dice.uniform(0, 4 if killed % 5 == 4 else 2))
         if process.exitcode is not None:
@@ -185,8 +189,6 @@ def test_of_four_processes_one_is_killed_and_its_trial_runs_again_within_a_minut
         subprocess.Popen(typed, cwd=tmp_path, env=environment(), start_new_session=True)
         for _ in range(4)
     ]
-    while not (outputs / "studies/quick/journal.log").exists():
-        time.sleep(0.5)
     victim = started[2]
     mine: list[optuna.trial.FrozenTrial] = []
     while not mine:
