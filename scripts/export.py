@@ -53,6 +53,8 @@ def to_onnx(options: Options) -> None:
         raise UserError(f"register={options.register} needs MLflow. Pass to=mlflow.")
     images = sorted_images(options.images) if options.images else []
     # torch takes seconds to import: not before the arguments are known to be good
+    import torch
+
     from paragraph_ocr.reading import Recognizer
     from paragraph_ocr.reading.checkpoint import find_checkpoint
     from paragraph_ocr.reading.export import compare, export_onnx
@@ -69,6 +71,7 @@ def to_onnx(options: Options) -> None:
     if not images:
         return
     exported = OnnxRecognizer.load(folder)
+    recognizer.precision = torch.float32  # the graphs'
     for batch_size in BATCH_SIZES:
         found = compare(recognizer, exported, images, batch_size=batch_size)
         console.say(

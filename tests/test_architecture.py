@@ -14,6 +14,7 @@ SITES = {
     "pyarrow": {"data/parquet.py"},
     "defusedxml": {"data/layout.py", "data/iam_forms.py"},
     "mlflow": {"tracking.py", "mlflow_model.py", "reading/served.py"},
+    "numba": {"model/cpu_steps.py"},
     "onnxruntime": {"reading/onnx.py"},
     "onnx": set(),  # torch's exporter writes the graphs
     "starlette": {"web/app.py"},

@@ -43,7 +43,7 @@ _SIGNATURE = ModelSignature(
     ),
 )
 _NEEDED = (
-    *("torch", "timm", "safetensors", "numpy", "pillow", "opencv-python-headless"),
+    *("torch", "timm", "safetensors", "numpy", "numba", "pillow", "opencv-python-headless"),
     *("omegaconf", "pyyaml", "jaxtyping", "mlflow-skinny", "pandas"),
 )
 """Packages that the served code imports."""

@@ -135,7 +135,7 @@ class ReadOptions(WorkOptions):
     batches: tuple[int, ...] = _option((), "batch sizes; none is 1,16,64,256, on a CPU 1")
     full: bool = _option(False, "on a CPU, read all tokens: minutes for the reference")
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = _option(
-        "auto", "of our side: auto, 32-true, bf16-mixed or 16-mixed"
+        "auto", "of our side: auto (what reading takes), 32-true, bf16-mixed or 16-mixed"
     )
     pages: int = _option(0, "pages of a store to read free-running, such as 232; 0 is none")
     page_batch: int = _option(16, "pages and images read together")

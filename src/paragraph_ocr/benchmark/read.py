@@ -30,7 +30,7 @@ from paragraph_ocr.data.scan import SUFFIXES
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.model.generate import Greedy, Reading
 from paragraph_ocr.model.transformer import TransformerReader
-from paragraph_ocr.reading.read import Recognizer
+from paragraph_ocr.reading.read import Recognizer, computes_in_bfloat16
 
 LARGEST_OF_REFERENCE = 64
 """Greater batches have no published figure, and the reference would take minutes for them."""
@@ -62,7 +62,7 @@ def benchmark(options: ReadOptions) -> Report:
     experiment = setting.experiment()
     precision = options.precision
     if precision == "auto":
-        precision = build.precision(experiment.trainer)  # type: ignore[assignment]
+        precision = "bf16-mixed" if computes_in_bfloat16(setting.device) else "32-true"
     rows = announced(_rows(setting, experiment, precision))
     return Report("read", options, setting.environment(precision), rows)
 

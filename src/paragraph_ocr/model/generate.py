@@ -2,12 +2,12 @@
 
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -103,12 +103,7 @@ def _greedy(
     decoding: Greedy,
     max_length: int,
 ) -> list[Reading]:
-    if memory.is_cuda and _HAS_TRITON:
-        from paragraph_ocr.model.gpu_steps import read_greedily
-    else:
-        from paragraph_ocr.model.eager_steps import read_greedily
-
-    written, scores = read_greedily(
+    written, scores = _steps_for(memory.device)(
         decoder,
         memory,
         memory_mask,
@@ -117,14 +112,53 @@ def _greedy(
         pad=special.pad,
         max_length=max_length,
     )
-    return _readings(written[:, : max_length - 1], scores, special)
-
-
-def _readings(written: Tensor, scores: Tensor, special: SpecialTokens) -> list[Reading]:
     return [
         _reading(row, score, special)
-        for row, score in zip(written.tolist(), scores.tolist(), strict=True)
+        for row, score in zip(written[:, : max_length - 1].tolist(), scores.tolist(), strict=True)
     ]
+
+
+def _steps_for(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return what reads fastest on a device: tokens of each row, and their log-probabilities."""
+    if device.type == "cpu":
+        from paragraph_ocr.model.cpu_steps import read_greedily
+    elif device.type == "cuda" and _HAS_TRITON:
+        from paragraph_ocr.model.gpu_steps import read_greedily
+    else:
+        return read_greedily_by_cache
+    return read_greedily
+
+
+def read_greedily_by_cache(
+    decoder: Decoder,
+    memory: Float[Tensor, "B M D"],
+    memory_mask: Bool[Tensor, "B M"] | None,
+    *,
+    start: int,
+    end: int | None,
+    pad: int,
+    max_length: int,
+) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B L"]]:
+    """Return what `gpu_steps.read_greedily` does, on any device, by the decoder's own operations."""
+    cache = decoder.start(memory, memory_mask, max_length=max_length)
+    rows = torch.arange(len(memory), device=memory.device)
+    written = torch.full((len(rows), max_length - 1), pad, device=memory.device)
+    scores = torch.zeros(len(rows), max_length - 1, device=memory.device)
+    tokens = torch.full_like(rows, start)
+    for step in range(max_length - 1):
+        logs = decoder.step(tokens, cache).float().log_softmax(dim=-1)
+        scores[rows, step], tokens = logs.max(dim=-1)
+        written[rows, step] = tokens
+        if end is None:
+            continue
+        going = (tokens != end).nonzero()[:, 0]
+        if len(going) == 0:
+            break
+        if len(going) < len(rows):
+            cache.keep(going)
+            cache.take(going)
+            rows, tokens = rows[going], tokens[going]
+    return written, scores
 
 
 def _reading(tokens: list[int], scores: list[float], special: SpecialTokens) -> Reading:

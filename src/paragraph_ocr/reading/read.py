@@ -46,7 +46,7 @@ class Recognizer:
         canvas: height and width in pixels that pages are fitted to.
         normalise: whether pages are made to look like rendered ones first.
         max_length: tokens that a reading may have, start and end included.
-        precision: what is computed in: bfloat16 on a GPU that has it, else float32.
+        precision: what is computed in: bfloat16 on a device that has it, else float32.
     """
 
     def __init__(
@@ -64,9 +64,7 @@ class Recognizer:
         self.max_length = experiment.datamodule.max_length
         self.canvas = (experiment.datamodule.height, experiment.datamodule.width)
         self.normalise = experiment.datamodule.normalise
-        on_gpu = self.device.type == "cuda"
-        half = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.precision = torch.bfloat16 if half else torch.float32
+        self.precision = torch.bfloat16 if computes_in_bfloat16(self.device) else torch.float32
 
     @classmethod
     def load(
@@ -212,6 +210,14 @@ class Recognizer:
             )
             for reading, page in zip(readings, pages, strict=True)
         ]
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Return whether the device's own instructions do; others would emulate them, slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.9
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def _device(name: str) -> torch.device:
