@@ -12,7 +12,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from fontTools.ttLib import TTFont
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ImageFont
 
 from paragraph_ocr.errors import UserError
 
@@ -80,10 +80,12 @@ class Glyphs(dict[str, Glyph]):
         self._font = font
 
     def __missing__(self, character: str) -> Glyph:
-        left, top, right, bottom = map(int, self._font.getbbox(character, anchor="ls"))
-        image = Image.new("L", (max(1, right - left), max(1, bottom - top)))
-        ImageDraw.Draw(image).text((-left, -top), character, fill=255, font=self._font, anchor="ls")
-        glyph = Glyph(np.asarray(image), left, top, self._font.getlength(character))
+        mask, (left, top) = self._font.getmask2(character, mode="L", anchor="ls")
+        width, height = mask.size
+        ink = np.zeros((max(1, height), max(1, width)), np.uint8)
+        if width and height:
+            ink[:] = np.frombuffer(bytes(mask), np.uint8).reshape(height, width)
+        glyph = Glyph(ink, left, top, self._font.getlength(character))
         self[character] = glyph
         return glyph
 
