@@ -1,8 +1,9 @@
 """Handwriting-like faces: the ones installed as packages, or a folder of the user's own."""
 
 import hashlib
+import math
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
@@ -17,6 +18,9 @@ from PIL import ImageFont
 from paragraph_ocr.errors import UserError
 
 SUFFIXES = (".ttf", ".otf", ".woff", ".woff2")
+
+_LEAST_DRAWN_PX = 16
+"""Of the sizes that FreeType draws letters at; each is twice the one before."""
 
 _COMPARED = string.ascii_letters + string.digits
 _COMPARED_PX, _SQUARE_PX = 60, 24
@@ -69,7 +73,11 @@ class Glyph(NamedTuple):
     advance: float
 
 
-class Glyphs(dict[str, Glyph]):
+Glyphs = Mapping[str, Glyph]
+"""Letters of one face at one size, each made when first wanted."""
+
+
+class _Drawn(dict[str, Glyph]):
     """Letters of one face at one size, each drawn by FreeType when first wanted.
 
     Putting down letters kept as arrays is five times as fast as drawing every word anew.
@@ -90,6 +98,34 @@ class Glyphs(dict[str, Glyph]):
         return glyph
 
 
+class _Shrunk(dict[str, Glyph]):
+    """Letters of one face at one size, each made from a larger one of at most twice its size.
+
+    That is a quarter of the work of drawing it, and a size that few words have costs no letters of its own.
+    """
+
+    def __init__(self, larger: Glyphs, scale: float) -> None:
+        super().__init__()
+        self._larger, self._scale = larger, scale
+
+    def __missing__(self, character: str) -> Glyph:
+        ink, left, top, advance = self._larger[character]
+        scale, (height, width) = self._scale, ink.shape
+        begin = math.floor(scale * left), math.floor(scale * top)
+        end = math.ceil(scale * (left + width)), math.ceil(scale * (top + height))
+        # of the middles of pixels, which are half a pixel from their corners
+        shift = [
+            scale * (old + 0.5) - 0.5 - new for old, new in zip((left, top), begin, strict=True)
+        ]
+        matrix = np.array([[scale, 0, shift[0]], [0, scale, shift[1]]])
+        size = (end[0] - begin[0], end[1] - begin[1])
+        glyph = Glyph(
+            cv2.warpAffine(ink, matrix, size, flags=cv2.INTER_LINEAR), *begin, scale * advance
+        )
+        self[character] = glyph
+        return glyph
+
+
 class _Advances(dict[str, float]):
     """Advance widths in em, measured when first wanted."""
 
@@ -100,6 +136,11 @@ class _Advances(dict[str, float]):
     def __missing__(self, character: str) -> float:
         self[character] = self._font.getlength(character) / self._font.size
         return self[character]
+
+
+def drawn_size(size_px: int) -> int:
+    """Return the size, one of few, at which FreeType draws the letters that are shrunk to this size."""
+    return max(_LEAST_DRAWN_PX, 2 ** math.ceil(math.log2(size_px)))
 
 
 def find_faces(folder: Path | None) -> list[Path]:
@@ -214,7 +255,10 @@ def _draws(font: ImageFont.FreeTypeFont, character: str) -> bool:
 
 @lru_cache(maxsize=4096)  # some 50 faces x 40 sizes, 50 kB each
 def _glyphs(path: Path, size_px: int, weight: int | None) -> Glyphs:
-    return Glyphs(_open(path, size_px, weight))
+    drawn_px = drawn_size(size_px)
+    if size_px == drawn_px:
+        return _Drawn(_open(path, size_px, weight))
+    return _Shrunk(_glyphs(path, drawn_px, weight), size_px / drawn_px)
 
 
 def _open(path: Path, size_px: int, weight: int | None) -> ImageFont.FreeTypeFont:

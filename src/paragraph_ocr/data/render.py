@@ -18,11 +18,11 @@ import cv2
 import numpy as np
 
 from paragraph_ocr.data import strokes
-from paragraph_ocr.data.fonts import Face
+from paragraph_ocr.data.fonts import Face, drawn_size
 from paragraph_ocr.data.mixed_face import MixedFace, MixedMeasures
 from paragraph_ocr.data.strokes import ENTERS, LEAVES, Measures
 
-RENDERER_VERSION = 8
+RENDERER_VERSION = 9
 """Part of every rendered store's fingerprint: raise it whenever the same arguments draw otherwise, or a store
 keeps more of what is drawn."""
 
@@ -50,9 +50,6 @@ _LEVELS = np.arange(256) / 255
 
 _JITTER = np.array([0.07, 0.07, 0.12, 0.04, 0.03, 0.06])
 """Standard deviations at a jitter of 1: width, height, slant, turn (radians), lift and gap (em)."""
-
-_SIZES_PX = 8
-"""Letters that are to be warped are drawn in multiples of this size."""
 
 _STROKE_PX = 12
 """Distance over which the pen's pressure changes."""
@@ -350,9 +347,9 @@ def _set_line(
     gaps = hand.space_px * generator.uniform(0.8, 1.3, size=len(words))
     sizes = size_px + np.rint(generator.normal(0, 0.03 * size_px, size=len(words))).astype(int)
     sizes = np.maximum(SMALLEST_PX, sizes)
-    # letters that are warped are drawn in few sizes, larger than needed
     varied = hand.jitter or hand.word_slant_deg or hand.stretch != 1
-    drawn = -(-sizes // _SIZES_PX) * _SIZES_PX if varied else sizes
+    # letters that are warped need not be shrunk before
+    drawn = np.array([*map(drawn_size, sizes.tolist())]) if varied else sizes
     sets = [hand.face.glyphs(size, hand.weight) for size in drawn.tolist()]
     letters = [
         glyphs[character] for word, glyphs in zip(words, sets, strict=True) for character in word
