@@ -63,8 +63,8 @@ def to_onnx(options: Options) -> None:
     recognizer = Recognizer.load(options.checkpoint, device="cpu", outputs=options.outputs)
     name = find_checkpoint(options.checkpoint, outputs=options.outputs).config.parent.resolve().name
     folder = options.folder or options.outputs / "onnx" / name
-    if recognizer.experiment.decoding.name == "beam":
-        console.warn("decoding=beam: onnxruntime will read greedily.")
+    if (decoding := recognizer.experiment.decoding.name) != "greedy":
+        console.warn(f"decoding={decoding}: onnxruntime will read greedily.")
     export_onnx(recognizer, folder)
     for file in sorted(folder.iterdir()):
         console.say(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)")

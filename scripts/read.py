@@ -38,6 +38,10 @@ class Options:
         default=None,
         metadata={"help": "true, false; null: as the model's datamodule.normalise says"},
     )
+    decoding: str | None = field(
+        default=None,
+        metadata={"help": "greedy, beam, views (fewer errors, longer); null: the model's"},
+    )
     batch_size: int = field(default=16, metadata={"help": "images read together"})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:<n>"})
     outputs: Path = field(
@@ -62,6 +66,12 @@ def read(options: Options) -> int:
     recognizer = Recognizer.load(options.checkpoint, device=options.device, outputs=options.outputs)
     if options.normalise is not None:
         recognizer.normalise = options.normalise
+    if options.decoding is not None:
+        from paragraph_ocr.build_model import build_decoding
+        from paragraph_ocr.validation import overridden
+
+        chosen = overridden(recognizer.experiment, [f"decoding={options.decoding}"])
+        recognizer.decoding = build_decoding(chosen)
     created, refused, began = datetime.now(UTC), 0, time.perf_counter()
     several = len(paths) > 1
     with console.progress("read", apart=True) as progress:

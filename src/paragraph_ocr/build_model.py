@@ -22,7 +22,7 @@ from paragraph_ocr.config import (
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.model.decoder import Decoder
 from paragraph_ocr.model.encoder import Encoder
-from paragraph_ocr.model.generate import Beam, Greedy, SpecialTokens
+from paragraph_ocr.model.generate import Beam, Greedy, SpecialTokens, View
 from paragraph_ocr.model.line_cnn import LineCnn
 from paragraph_ocr.model.reader import Reader
 from paragraph_ocr.model.transformer import TransformerReader
@@ -187,4 +187,4 @@ def build_decoding(experiment: Experiment) -> Greedy | Beam:
     decoding = experiment.decoding
     if decoding.name == "beam":
         return Beam(width=decoding.beam_width, length_penalty=decoding.length_penalty)
-    return Greedy()
+    return Greedy(views=tuple(View(*map(float, view)) for view in decoding.views))

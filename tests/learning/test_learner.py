@@ -161,3 +161,23 @@ def test_steps_that_are_not_logged_wait_for_no_number_of_a_gpu(tmp_path):
     callbacks = [Measure(), TrainingProgress()]
     assert asked_in_steps(tmp_path, callbacks, log_every=100) == []
     assert asked_in_steps(tmp_path, [Measure(), TrainingProgress()], log_every=1) != []
+
+
+def test_validation_sees_a_page_once_and_the_test_sees_its_views(monkeypatch):
+    from paragraph_ocr import build, build_model
+
+    experiment = validate(compose(["model=tiny", "debug=ci", "datamodule=fake", "decoding=views"]))
+    vocabulary = build.build_vocabulary(experiment)
+    recognizer = build_model.build_recognizer(experiment, vocabulary)
+    learner = build.build_learner(experiment, recognizer, vocabulary)
+    pages = build.build_pages(experiment, vocabulary)
+    pages.setup("fit")
+    batch = next(iter(pages.val_dataloader()))
+    seen = []
+    read = recognizer.read
+    monkeypatch.setattr(
+        recognizer, "read", lambda *a, **k: seen.append(k["decoding"].num_views) or read(*a, **k)
+    )
+    learner.read(batch, stage="val")
+    assert len(learner.read(batch)) == len(batch)
+    assert seen == [1, 3]

@@ -7,6 +7,7 @@ from paragraph_ocr.checks.devices import check_devices
 from paragraph_ocr.checks.values import check_values
 from paragraph_ocr.config import (
     DecoderConfig,
+    DecodingConfig,
     Experiment,
     GeneratedData,
     LineCnnModel,
@@ -15,6 +16,9 @@ from paragraph_ocr.config import (
     VocabularyConfig,
 )
 from paragraph_ocr.errors import UserError
+
+_SCALES = (0.2, 2.0)
+"""Least and greatest of a view."""
 
 __all__ = ["check_combinations", "check_together", "check_values"]
 
@@ -30,11 +34,7 @@ def check_together(experiment: Experiment) -> None:
     _check_vocabulary(experiment.vocabulary)
     if experiment.optimizer.lr == 0:
         raise UserError("optimizer.lr=0 learns nothing. Pass optimizer.lr=1e-3.")
-    if experiment.decoding.name == "greedy" and experiment.decoding.beam_width != 1:
-        raise UserError(
-            f"decoding.beam_width={experiment.decoding.beam_width} does nothing in greedy decoding. "
-            "Pass decoding=beam."
-        )
+    _check_decoding(experiment.decoding)
     if trainer.fast_dev_run is not False and trainer.overfit_batches:
         raise UserError(
             f"trainer.fast_dev_run={trainer.fast_dev_run} and trainer.overfit_batches="
@@ -108,6 +108,26 @@ def _check_decoder(decoder: DecoderConfig) -> None:
         )
 
 
+def _check_decoding(decoding: DecodingConfig) -> None:
+    if decoding.name != "beam" and decoding.beam_width != 1:
+        raise UserError(
+            f"decoding.beam_width={decoding.beam_width} does nothing in decoding={decoding.name}. "
+            "Pass decoding=beam."
+        )
+    if (decoding.name == "views") != bool(decoding.views):
+        raise UserError(
+            f"decoding.views={decoding.views} does not go with decoding.name={decoding.name}. "
+            f"Pass decoding={'views' if decoding.views else 'greedy'}."
+        )
+    for view in decoding.views:
+        numbers = isinstance(view, list) and all(isinstance(part, int | float) for part in view)
+        if not numbers or len(view) != 3 or not _SCALES[0] <= view[0] <= _SCALES[1]:
+            raise UserError(
+                f"decoding.views has {view}, and needs a scale from {_SCALES[0]} to {_SCALES[1]} and pixels "
+                "to the right and down. Pass decoding.views=[[1,0,0],[0.97,2,16]]."
+            )
+
+
 def _check_line_cnn(model: LineCnnModel, experiment: Experiment) -> None:
     data = experiment.datamodule
     for key in ("window_width_px", "window_stride_px"):
@@ -121,8 +141,10 @@ def _check_line_cnn(model: LineCnnModel, experiment: Experiment) -> None:
             f"model=line_cnn reads single lines, and datamodule={data.name} has up to "
             f"{data.max_lines} on a page. Pass datamodule=synthetic_lines or datamodule=emnist_lines."
         )
-    if experiment.decoding.name == "beam":
-        raise UserError("decoding=beam does nothing for model=line_cnn. Pass decoding=greedy.")
+    if experiment.decoding.name != "greedy":
+        raise UserError(
+            f"decoding={experiment.decoding.name} does nothing for model=line_cnn. Pass decoding=greedy."
+        )
     if experiment.regularization.guidance:
         raise UserError(
             f"regularization.guidance={experiment.regularization.guidance:g} does nothing for "

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
@@ -20,6 +20,7 @@ from paragraph_ocr.learning.checkpoint import all_finite
 from paragraph_ocr.learning.graphs import RecordedLoss
 from paragraph_ocr.learning.processes import send_buffers
 from paragraph_ocr.metrics import ReadingErrors, TokenLoss
+from paragraph_ocr.model.generate import Greedy
 from paragraph_ocr.model.reader import Letters, Reader, compiled_for
 from paragraph_ocr.vocabulary import SPECIAL_TOKENS, Vocabulary
 
@@ -252,14 +253,17 @@ class Learner(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_errors("test")
 
-    def read(self, batch: Batch) -> list[str]:
-        """Return the free-running readings of a batch."""
+    def read(self, batch: Batch, *, stage: Literal["val", "test"] = "test") -> list[str]:
+        """Return the free-running readings of a batch; validation looks at each page once."""
+        decoding = self.decoding
+        if stage == "val" and isinstance(decoding, Greedy):
+            decoding = replace(decoding, views=())
         readings = self.kept.read(
-            batch.images, batch.sizes, decoding=self.decoding, max_length=self.max_length
+            batch.images, batch.sizes, decoding=decoding, max_length=self.max_length
         )
         return [self.vocabulary.decode(reading.tokens) for reading in readings]
 
-    def _evaluate(self, batch: Batch, stage: str) -> None:
+    def _evaluate(self, batch: Batch, stage: Literal["val", "test"]) -> None:
         # not compiled, which for so little would not pay
         logits = self.kept.forward(batch.images, batch.tokens[:, :-1], batch.sizes)
         loss, count = self.recognizer.loss(logits, batch.tokens[:, 1:], label_smoothing=0.0)
@@ -268,7 +272,7 @@ class Learner(pl.LightningModule):
         # a model that hardly knows the next character writes to the last token, and nothing readable
         most = self.max_loss_to_read
         hopeless = most is not None and bool(loss / count > most)
-        readings = [""] * len(batch) if hopeless else self.read(batch)
+        readings = [""] * len(batch) if hopeless else self.read(batch, stage=stage)
         self.errors[stage].update(readings, truths)
         if stage == "val" and self.trainer.is_global_zero:
             for index in range(min(len(batch), self.num_samples - len(self.samples))):

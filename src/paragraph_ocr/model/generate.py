@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +22,14 @@ _ROWS_FOR_ONE_THREAD = 4
 """Rows up to which a step's operations take less time than threads need to meet, 30 us each."""
 
 
+class View(NamedTuple):
+    """A page drawn larger or smaller about its middle, and moved, in pixels."""
+
+    scale: float
+    right: float
+    down: float
+
+
 @dataclass(frozen=True, slots=True)
 class Greedy:
     """Take the likeliest token at each step.
@@ -28,6 +38,12 @@ class Greedy:
     """
 
     ignore_end: bool = False
+    views: tuple[View, ...] = ()
+    """They are read as one text, by the mean of their logits; none is the page as it is, alone."""
+
+    @property
+    def num_views(self) -> int:
+        return max(1, len(self.views))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +88,11 @@ def generate(
     decoding: Greedy | Beam,
     max_length: int,
 ) -> list[Reading]:
-    """Return a reading for each row, of at most max_length tokens with start and end."""
+    """Return a reading of each page, of at most max_length tokens with start and end.
+
+    Args:
+        memory: of each page, or of each of its views, those of one page after one another.
+    """
     if isinstance(decoding, Greedy):
         return _greedy(decoder, memory, memory_mask, special, decoding, max_length)
     cache = decoder.start(memory, memory_mask, max_length=max_length)
@@ -103,7 +123,7 @@ def _greedy(
     decoding: Greedy,
     max_length: int,
 ) -> list[Reading]:
-    written, scores = _steps_for(memory.device)(
+    written, scores = _steps_for(memory.device, decoding.num_views)(
         decoder,
         memory,
         memory_mask,
@@ -118,15 +138,17 @@ def _greedy(
     ]
 
 
-def _steps_for(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return what reads fastest on a device: tokens of each row, and their log-probabilities."""
+def _steps_for(device: torch.device, views: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return what reads fastest on a device: tokens of each page, and their log-probabilities."""
     if device.type == "cpu":
-        from paragraph_ocr.model.cpu_steps import read_greedily
-    elif device.type == "cuda" and _HAS_TRITON:
-        from paragraph_ocr.model.gpu_steps import read_greedily
-    else:
-        return read_greedily_by_cache
-    return read_greedily
+        from paragraph_ocr.model import cpu_steps
+
+        return partial(cpu_steps.read_greedily, views=views)
+    if device.type == "cuda" and _HAS_TRITON and views == 1:
+        from paragraph_ocr.model import gpu_steps
+
+        return gpu_steps.read_greedily
+    return partial(read_greedily_by_cache, views=views)
 
 
 def read_greedily_by_cache(
@@ -138,26 +160,30 @@ def read_greedily_by_cache(
     end: int | None,
     pad: int,
     max_length: int,
-) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B L"]]:
-    """Return what `gpu_steps.read_greedily` does, on any device, by the decoder's own operations."""
+    views: int = 1,
+) -> tuple[Int[Tensor, "pages L"], Float[Tensor, "pages L"]]:
+    """Return what `cpu_steps.read_greedily` does, on any device, by the decoder's own operations."""
     cache = decoder.start(memory, memory_mask, max_length=max_length)
-    rows = torch.arange(len(memory), device=memory.device)
-    written = torch.full((len(rows), max_length - 1), pad, device=memory.device)
-    scores = torch.zeros(len(rows), max_length - 1, device=memory.device)
-    tokens = torch.full_like(rows, start)
+    pages = torch.arange(len(memory) // views, device=memory.device)
+    written = torch.full((len(pages), max_length - 1), pad, device=memory.device)
+    scores = torch.zeros(len(pages), max_length - 1, device=memory.device)
+    tokens = torch.full_like(pages, start)
     for step in range(max_length - 1):
-        logs = decoder.step(tokens, cache).float().log_softmax(dim=-1)
-        scores[rows, step], tokens = logs.max(dim=-1)
-        written[rows, step] = tokens
+        logits = decoder.step(tokens.repeat_interleave(views), cache).float()
+        logs = logits.unflatten(0, (-1, views)).mean(dim=1).log_softmax(dim=-1)
+        scores[pages, step], tokens = logs.max(dim=-1)
+        written[pages, step] = tokens
         if end is None:
             continue
         going = (tokens != end).nonzero()[:, 0]
         if len(going) == 0:
             break
-        if len(going) < len(rows):
-            cache.keep(going)
-            cache.take(going)
-            rows, tokens = rows[going], tokens[going]
+        if len(going) < len(pages):
+            pages, tokens = pages[going], tokens[going]
+            every = torch.arange(views, device=memory.device)
+            rows = (going[:, None] * views + every).flatten()
+            cache.keep(rows)
+            cache.take(rows)
     return written, scores
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from paragraph_ocr.model.decoder import Decoder
 from paragraph_ocr.model.encoder import Encoder
-from paragraph_ocr.model.generate import Beam, Greedy, Reading, SpecialTokens, generate
+from paragraph_ocr.model.generate import Beam, Greedy, Reading, SpecialTokens, View, generate
 from paragraph_ocr.model.positions import add_grid_positions
 from paragraph_ocr.model.reader import Letters, Reader, compiled_for, token_loss
 
@@ -147,6 +147,8 @@ class TransformerReader(Reader):
         Args:
             max_length: tokens at most, start and end included; no more than the decoder's.
         """
+        if isinstance(decoding, Greedy) and decoding.views:
+            images, sizes = views_of(images, sizes, decoding.views)
         memory = self.encode(images, sizes)
         return generate(
             self.decoder,
@@ -156,6 +158,37 @@ class TransformerReader(Reader):
             decoding=decoding,
             max_length=max_length,
         )
+
+
+def views_of(
+    images: UInt8[Tensor, "B 1 H W"],
+    sizes: Int[Tensor, "B 2"] | None,
+    views: Sequence[View],
+) -> tuple[UInt8[Tensor, "views 1 H W"], Int[Tensor, "views 2"] | None]:
+    """Return the views of each page one after another, and their sizes, which are the same for all of a page.
+
+    Args:
+        sizes: as in `Encoder.forward`; what lies beyond them does not come into view.
+    """
+    device, canvas = images.device, torch.tensor(images.shape[:1:-1], device=images.device)
+    scale, *moves = torch.tensor(views, device=device).T
+    shift = torch.stack(moves, dim=1)  # (views, xy)
+    pages = canvas.expand(len(images), 2) if sizes is None else sizes.flip(1)
+    if sizes is not None:
+        x, y = (torch.arange(side, device=device) for side in canvas.tolist())
+        beyond = (y[:, None] >= pages[:, 1, None, None]) | (x >= pages[:, 0, None, None])
+        images = images.masked_fill(beyond[:, None], 0)
+        grown = ((1 + scale)[:, None] / 2 * pages[:, None] + shift).amax(dim=1).ceil().long()
+        sizes = torch.minimum(grown.maximum(pages), canvas).flip(1)
+    # from places on a view to places on the page, both from -1 to 1 over the canvas
+    middles = (pages / canvas - 1)[:, None]
+    begins = middles - (middles + 2 * shift / canvas) / scale[:, None]
+    linear = torch.eye(2, device=device) / scale[:, None, None]
+    maps = torch.cat([linear.expand(len(images), -1, 2, 2), begins[..., None]], dim=3).flatten(0, 1)
+    repeated = images.repeat_interleave(len(views), dim=0)
+    grid = F.affine_grid(maps, list(repeated.shape), align_corners=False)
+    drawn = F.grid_sample(repeated.float(), grid, align_corners=False).round().to(images.dtype)
+    return drawn, None if sizes is None else sizes.repeat_interleave(len(views), dim=0)
 
 
 def _summed_cross_entropy(

@@ -75,6 +75,7 @@ def export_onnx(recognizer: Recognizer, folder: Path) -> None:
     )
     experiment = copy.deepcopy(recognizer.experiment)
     experiment.decoding.name, experiment.decoding.beam_width = "greedy", 1
+    experiment.decoding.views = []
     write_config(experiment, folder)
 
 
