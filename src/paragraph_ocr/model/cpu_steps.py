@@ -8,8 +8,9 @@ machine, in some seconds, and keeps them.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, cast, no_type_check
 
@@ -111,9 +112,14 @@ def read_greedily(
         if count == 1:
             steps_of(0)()
             return written, scores
-        pool = ThreadPoolExecutor(torch.get_num_threads())
+        threads = torch.get_num_threads()
+        pool, going = ThreadPoolExecutor(threads), deque[Future[None]]()
         try:
-            for reading in [pool.submit(steps_of(page)) for page in range(count)]:
+            for page in range(count):
+                if len(going) == 2 * threads:  # no more of them hold keys and values
+                    going.popleft().result()
+                going.append(pool.submit(steps_of(page)))
+            for reading in going:
                 reading.result()
         finally:
             pool.shutdown(cancel_futures=True)

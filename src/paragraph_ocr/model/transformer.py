@@ -147,13 +147,16 @@ class TransformerReader(Reader):
         Args:
             max_length: tokens at most, start and end included; no more than the decoder's.
         """
+        views = [images]
         if isinstance(decoding, Greedy) and decoding.views:
-            images, sizes = views_of(images, sizes, decoding.views)
-        memory = self.encode(images, sizes)
+            views, sizes = views_of(images, sizes, decoding.views)
+        # one after another: encoding takes by far the most memory
+        memories = [self.encode(view, sizes) for view in views]
+        mask = memories[0].mask
         return generate(
             self.decoder,
-            memory.states,
-            memory.mask,
+            torch.stack([memory.states for memory in memories], dim=1).flatten(0, 1),
+            None if mask is None else mask.repeat_interleave(len(views), dim=0),
             special=self.special,
             decoding=decoding,
             max_length=max_length,
@@ -164,31 +167,33 @@ def views_of(
     images: UInt8[Tensor, "B 1 H W"],
     sizes: Int[Tensor, "B 2"] | None,
     views: Sequence[View],
-) -> tuple[UInt8[Tensor, "views 1 H W"], Int[Tensor, "views 2"] | None]:
-    """Return the views of each page one after another, and their sizes, which are the same for all of a page.
+) -> tuple[list[UInt8[Tensor, "B 1 H W"]], Int[Tensor, "B 2"] | None]:
+    """Return the pages as each view shows them, and their sizes, which are the same in all views.
 
     Args:
         sizes: as in `Encoder.forward`; what lies beyond them does not come into view.
     """
     device, canvas = images.device, torch.tensor(images.shape[:1:-1], device=images.device)
-    scale, *moves = torch.tensor(views, device=device).T
-    shift = torch.stack(moves, dim=1)  # (views, xy)
     pages = canvas.expand(len(images), 2) if sizes is None else sizes.flip(1)
     if sizes is not None:
         x, y = (torch.arange(side, device=device) for side in canvas.tolist())
         beyond = (y[:, None] >= pages[:, 1, None, None]) | (x >= pages[:, 0, None, None])
         images = images.masked_fill(beyond[:, None], 0)
-        grown = ((1 + scale)[:, None] / 2 * pages[:, None] + shift).amax(dim=1).ceil().long()
-        sizes = torch.minimum(grown.maximum(pages), canvas).flip(1)
-    # from places on a view to places on the page, both from -1 to 1 over the canvas
-    middles = (pages / canvas - 1)[:, None]
-    begins = middles - (middles + 2 * shift / canvas) / scale[:, None]
-    linear = torch.eye(2, device=device) / scale[:, None, None]
-    maps = torch.cat([linear.expand(len(images), -1, 2, 2), begins[..., None]], dim=3).flatten(0, 1)
-    repeated = images.repeat_interleave(len(views), dim=0)
-    grid = F.affine_grid(maps, list(repeated.shape), align_corners=False)
-    drawn = F.grid_sample(repeated.float(), grid, align_corners=False).round().to(images.dtype)
-    return drawn, None if sizes is None else sizes.repeat_interleave(len(views), dim=0)
+    middles = pages / canvas - 1  # on the canvas, which is from -1 to 1
+    shown, largest = [], pages
+    for scale, right, down in views:
+        shift = torch.tensor([right, down], device=device)
+        # from places on the view to places on the page
+        begins = middles - (middles + 2 * shift / canvas) / scale
+        linear = torch.eye(2, device=device).expand(len(images), 2, 2) / scale
+        grid = F.affine_grid(
+            torch.cat([linear, begins[:, :, None]], dim=2), list(images.shape), align_corners=False
+        )
+        view = F.grid_sample(images.float(), grid, align_corners=False)
+        shown.append(view.round().to(images.dtype))
+        reached = ((1 + scale) / 2 * pages + shift).ceil().long()
+        largest = torch.minimum(largest.maximum(reached), canvas)
+    return shown, None if sizes is None else largest.flip(1)
 
 
 def _summed_cross_entropy(
