@@ -526,7 +526,7 @@ def _together(trainer: pl.Trainer, tracked: TrackedRun | None) -> AbstractContex
 
 
 def quiet_lightning() -> None:
-    """Leave out Lightning's advertisements and what it says of settings that are meant."""
+    """Leave out Lightning's advertisements, and what it and torch say of what is meant or no matter."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for text in (
@@ -539,5 +539,6 @@ def quiet_lightning() -> None:
         ".*broadcast_buffers.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*module.s. in eval mode at the start of training.*",
+        "Grad strides do not match bucket view strides.*",  # 1x1 filters, whose memory is the same
     ):
         warnings.filterwarnings("ignore", text)
