@@ -299,9 +299,8 @@ class DecodingConfig:
     beam_width: int = 1
     length_penalty: float = 0.0
     max_loss: float | None = None
-    views: list[Any] = field(
-        default_factory=list
-    )  # three numbers each, checked elsewhere: OmegaConf takes no 1 for a float
+    # three numbers each, which checks/ looks at: OmegaConf takes no 1 for a float in a list of lists
+    views: list[Any] = field(default_factory=list)
 
 
 @dataclass

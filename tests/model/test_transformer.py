@@ -101,6 +101,16 @@ def test_views_are_the_page_scaled_about_its_own_middle_and_moved():
     assert none is None
 
 
+def test_views_are_the_same_under_autocast():
+    pages = torch.randint(0, 256, (2, 1, 576, 640), dtype=torch.uint8)
+    views = [View(1, 0, 0), View(1.03, 1, 8)]
+    expected = views_of(pages, None, views)[0]
+    assert torch.equal(expected[0], pages)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = views_of(pages, None, views)[0]
+    assert all(map(torch.equal, found, expected))
+
+
 def test_what_a_view_moves_stays_on_its_page_where_the_canvas_has_room():
     pages = torch.zeros(1, 1, 40, 60, dtype=torch.uint8)
     pages[0, 0, 25:30, 35:40] = 200  # in the corner of a page of 30x40

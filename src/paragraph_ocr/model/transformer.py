@@ -186,10 +186,10 @@ def views_of(
         # from places on the view to places on the page
         begins = middles - (middles + 2 * shift / canvas) / scale
         linear = torch.eye(2, device=device).expand(len(images), 2, 2) / scale
-        grid = F.affine_grid(
-            torch.cat([linear, begins[:, :, None]], dim=2), list(images.shape), align_corners=False
-        )
-        view = F.grid_sample(images.float(), grid, align_corners=False)
+        maps = torch.cat([linear, begins[:, :, None]], dim=2)
+        with torch.autocast(device.type, enabled=False):  # bfloat16 knows places to some 2 px
+            grid = F.affine_grid(maps, list(images.shape), align_corners=False)
+            view = F.grid_sample(images.float(), grid, align_corners=False)
         shown.append(view.round().to(images.dtype))
         reached = ((1 + scale) / 2 * pages + shift).ceil().long()
         largest = torch.minimum(largest.maximum(reached), canvas)
