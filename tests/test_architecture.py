@@ -15,6 +15,7 @@ SITES = {
     "defusedxml": {"data/layout.py", "data/iam_forms.py"},
     "mlflow": {"tracking.py", "mlflow_model.py", "reading/served.py"},
     "numba": {"model/cpu_steps.py"},
+    "cuda": {"model/cluster_steps.py"},
     "onnxruntime": {"reading/onnx.py"},
     "onnx": set(),  # torch's exporter writes the graphs
     "starlette": {"web/app.py"},

@@ -123,7 +123,7 @@ def _greedy(
     decoding: Greedy,
     max_length: int,
 ) -> list[Reading]:
-    written, scores = _steps_for(memory.device, decoding.num_views)(
+    written, scores = _steps_for(decoder, memory, decoding.num_views)(
         decoder,
         memory,
         memory_mask,
@@ -138,16 +138,21 @@ def _greedy(
     ]
 
 
-def _steps_for(device: torch.device, views: int) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return what reads fastest on a device: tokens of each page, and their log-probabilities."""
-    if device.type == "cpu":
+def _steps_for(
+    decoder: Decoder, memory: Tensor, views: int
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return what reads fastest here: tokens of each page, and their log-probabilities."""
+    if memory.device.type == "cpu":
         from paragraph_ocr.model import cpu_steps
 
         return partial(cpu_steps.read_greedily, views=views)
-    if device.type == "cuda" and _HAS_TRITON and views == 1:
-        from paragraph_ocr.model import gpu_steps
+    if memory.device.type == "cuda" and _HAS_TRITON:
+        from paragraph_ocr.model import cluster_steps, gpu_steps
 
-        return gpu_steps.read_greedily
+        if cluster_steps.serves(decoder, memory, views):
+            return partial(cluster_steps.read_greedily, views=views)
+        if views == 1:
+            return gpu_steps.read_greedily
     return partial(read_greedily_by_cache, views=views)
 
 

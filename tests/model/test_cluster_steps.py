@@ -1,0 +1,226 @@
+"""Reading by clusters of a GPU's blocks; without a GPU: that the kernel compiles, and what it is given."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("cuda.bindings")
+
+from torch import nn
+
+from paragraph_ocr.model import cluster_steps
+from paragraph_ocr.model.cluster_steps import Sizes
+from paragraph_ocr.model.decoder import Decoder
+from paragraph_ocr.model.generate import Greedy, SpecialTokens, generate, read_greedily_by_cache
+
+START, END, PAD = 1, 5, 3
+
+on_a_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9,
+    reason="clusters are read with on a Hopper GPU",
+)
+
+
+def make_decoder(
+    *, norm="pre", tied=False, width=64, heads=4, depth=2, feed_forward=128, num_tokens=37
+):
+    torch.manual_seed(0)
+    decoder = Decoder(
+        num_tokens=num_tokens,
+        depth=depth,
+        width=width,
+        heads=heads,
+        feed_forward=feed_forward,
+        dropout=0.3,  # must not be seen
+        norm=norm,
+        tied=tied,
+        max_length=60,
+    )
+    for parameter in decoder.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return decoder.eval()
+
+
+def sizes_of(decoder, *, half, views=1, cluster=16):
+    layer = decoder.layers[0]
+    return Sizes(
+        width=decoder.width,
+        heads=layer.self_attention.heads,
+        hidden=layer.expand.out_features,
+        layers=len(decoder.layers),
+        tokens=decoder.embedding.num_embeddings,
+        pre=layer.pre,
+        half=half,
+        cluster=cluster,
+        views=views,
+    )
+
+
+REFERENCE = {"width": 256, "depth": 4, "feed_forward": 1024}
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(("norm", "views"), [("pre", 3), ("post", 1)])
+def test_the_kernel_compiles_for_a_gpu_that_is_not_here(half, norm, views, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    sizes = sizes_of(make_decoder(norm=norm, **REFERENCE), half=half, views=views)
+    assert cluster_steps.can_be_shared(sizes)
+    assert (sizes.staged_bytes > 0) == half, "float32 weights are too large to be staged"
+    code = cluster_steps.compiled(sizes, "sm_90")
+    assert code.startswith(b"\x7fELF")
+    (kept,) = tmp_path.rglob("*.cubin")
+    assert kept.read_bytes() == code
+    kept.write_bytes(b"what was kept")
+    assert cluster_steps.compiled(sizes, "sm_90") == b"what was kept"
+
+
+def test_a_source_that_does_not_compile_says_where(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    broken = tmp_path / "broken.cu"
+    broken.write_text("int missing_semicolon = 1")
+    monkeypatch.setattr(cluster_steps, "_SOURCE", broken)
+    with pytest.raises(RuntimeError, match=r"broken\.cu\(1\): error"):
+        cluster_steps.compiled(sizes_of(make_decoder(), half=True), "sm_90")
+
+
+@pytest.mark.parametrize(
+    ("changed", "cluster", "can"),
+    [
+        ({}, 16, True),
+        ({"width": 384, "heads": 6, "feed_forward": 1536}, 12, True),
+        ({"width": 96}, 16, False),  # 6 columns of the stream a block: no fours
+        ({"feed_forward": 100}, 16, False),
+        (
+            {"width": 1024, "feed_forward": 1024},
+            16,
+            False,
+        ),  # 64 columns: more than a warp has lanes
+        ({"width": 256, "depth": 40, "feed_forward": 1024}, 16, False),  # biases of all layers
+    ],
+)
+def test_sizes_that_cannot_be_shared_out_are_left_to_others(changed, cluster, can):
+    sizes = sizes_of(make_decoder(**changed), half=True, cluster=cluster)
+    assert cluster_steps.can_be_shared(sizes) == can
+
+
+def test_clusters_have_as_many_blocks_as_heads_can_be_cut_into():
+    assert cluster_steps.cluster_sizes(4) == [16, 8, 4]
+    assert cluster_steps.cluster_sizes(6) == [12, 6]
+    assert cluster_steps.cluster_sizes(17) == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_packed_weights_do_to_normalised_inputs_what_the_layers_do(norm):
+    decoder = make_decoder(norm=norm, tied=norm == "pre")
+    sizes, layers = sizes_of(decoder, half=False), list(decoder.layers)
+    width, head = sizes.width, sizes.head
+    inward, biases, outward, shifts, norms = cluster_steps._packed(decoder, layers, sizes)
+    inputs = nn.functional.layer_norm(torch.randn(width), (width,))
+    before = [one for layer in layers for one in layer.norms]
+    before = before if norm == "pre" else [nn.Identity(), *before[:-1]]
+    row = place = 0
+
+    def seen(rows):
+        nonlocal row
+        row += rows
+        return inward[row - rows : row] @ inputs + biases[row - rows : row]
+
+    for index, layer in enumerate(layers):
+        own, cross = layer.self_attention, layer.cross_attention
+        normal = [one(inputs) for one in before[3 * index : 3 * index + 3]]
+        parts = torch.cat([own.query(normal[0]), own.key_value(normal[0])]).view(3, -1, head)
+        for its in range(sizes.heads):
+            assert torch.allclose(seen(3 * head), parts[:, its].flatten(), atol=1e-5)
+        assert torch.allclose(seen(width), cross.query(normal[1]), atol=1e-5)
+        assert torch.allclose(seen(sizes.hidden), layer.expand(normal[2]), atol=1e-5)
+        for sublayer, (linear, shares) in enumerate(
+            [(own.out, sizes.heads), (cross.out, sizes.heads), (layer.contract, sizes.cluster)]
+        ):
+            numbers = torch.randn(linear.in_features)
+            total = shifts[(3 * index + sublayer) * width :][:width].clone()
+            for share in numbers.view(shares, -1):
+                total += outward[place : place + width * len(share)].view(width, -1) @ share
+                place += width * len(share)
+            assert torch.allclose(total, linear(numbers), atol=1e-5)
+        for sublayer, one in enumerate(before[3 * index : 3 * index + 3]):
+            gain, shift = norms[(3 * index + sublayer) * 2 * width :][: 2 * width].view(2, width)
+            assert torch.allclose(gain * inputs + shift, one(inputs), atol=1e-5)
+    assert torch.allclose(
+        seen(sizes.tokens),
+        decoder.logits(inputs) if norm == "pre" else decoder.logits(layers[-1].norms[2](inputs)),
+        atol=1e-5,
+    )
+    assert row == len(inward) and place == len(outward)
+
+
+SHAPES = [
+    {},
+    {"width": 128, "heads": 2, "depth": 1},
+    REFERENCE,
+    {"width": 384, "heads": 6, "feed_forward": 1536},
+]
+
+
+@on_a_gpu
+@torch.no_grad()
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize(("norm", "masked"), [("pre", True), ("post", False)])
+def test_tokens_and_scores_are_those_of_the_cached_step(norm, masked, views, shape):
+    decoder = make_decoder(norm=norm, tied=masked, **shape).cuda()
+    pages, cells = 11, 50  # more pages than are read at once
+    memory = torch.randn(pages * views, cells, decoder.width, device="cuda")
+    mask = None
+    if masked:
+        seen = torch.randint(1, cells + 1, (pages,), device="cuda").repeat_interleave(views)
+        mask = torch.arange(cells, device="cuda") < seen[:, None]
+    ends = set()
+    for end in (None, END):
+        arguments = {"start": START, "end": end, "pad": PAD, "max_length": 60, "views": views}
+        expected, expected_scores = read_greedily_by_cache(decoder, memory, mask, **arguments)
+        written, scores = cluster_steps.read_greedily(decoder, memory, mask, **arguments)
+        assert written.tolist() == expected.tolist()
+        assert torch.allclose(scores, expected_scores, atol=1e-3)
+        ends |= set((written != PAD).sum(dim=1).tolist())
+    assert len(ends) > 1 or views > 1 or shape, "some text should end early"
+
+
+@on_a_gpu
+@torch.no_grad()
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("views", [1, 3])
+def test_in_bfloat16_the_first_scores_stay_near_those_of_float32(norm, views):
+    decoder = make_decoder(norm=norm, **REFERENCE).cuda()
+    for parameter in decoder.parameters():
+        parameter.data = 0.5 * parameter
+    memory = torch.randn(4 * views, 100, decoder.width, device="cuda")
+    arguments = {"start": START, "end": None, "pad": PAD, "max_length": 60, "views": views}
+    expected, expected_scores = read_greedily_by_cache(decoder, memory, None, **arguments)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert cluster_steps.serves(decoder, memory, views)
+        written, scores = cluster_steps.read_greedily(decoder, memory, None, **arguments)
+    assert torch.allclose(scores[:, 0], expected_scores[:, 0], atol=0.05)
+    assert (written == expected).float().mean() > 0.5
+
+
+@on_a_gpu
+@torch.no_grad()
+def test_many_pages_of_one_view_are_read_step_by_step_and_odd_sizes_not_at_all():
+    decoder = make_decoder(**REFERENCE).cuda()
+    memory = torch.randn(64, 9, decoder.width, device="cuda")
+    odd = make_decoder(width=60, heads=3).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        assert cluster_steps.serves(decoder, memory[:4], 1)
+        assert not cluster_steps.serves(decoder, memory, 1)
+        assert cluster_steps.serves(decoder, memory[:63], 3)
+        assert not cluster_steps.serves(odd, torch.randn(1, 9, 60, device="cuda"), 1)
+    special = SpecialTokens(start=START, end=END, pad=PAD)
+    with pytest.raises(ValueError, match="cannot be read with"):
+        cluster_steps.read_greedily(
+            odd, torch.randn(1, 9, 60, device="cuda"), None, start=1, end=2, pad=3, max_length=4
+        )
+    readings = generate(
+        decoder, memory[:2], None, special=special, decoding=Greedy(), max_length=20
+    )
+    assert len(readings) == 2 and all(len(reading.tokens) <= 19 for reading in readings)
