@@ -409,7 +409,8 @@ struct Block {
     }
 };
 
-// A logit's mean over the clusters that read a page, each of which leaves its own beside the number of its step.
+// A logit's mean over the clusters that read a page, each of which leaves its own beside the number of its step and
+// waits for the others': so no more may be launched than run at once.
 __device__ float mean_of_views(volatile Wide* words, int view, int stride, Bits step, float logit) {
     words[view * stride] = (Wide)step << 32 | __float_as_uint(logit);
     float sum = 0.0f;

@@ -82,8 +82,7 @@ def serves(decoder: Decoder, memory: Float[Tensor, "B M D"], views: int) -> bool
     kernel = _kernel_for(decoder, memory, views)
     if kernel is None:
         return False
-    few = len(memory) <= _ROUNDS * kernel.clusters and kernel.sizes.staged_bytes > 0
-    return few or views > 1
+    return views > 1 or len(memory) <= _ROUNDS * kernel.clusters
 
 
 def read_greedily(
