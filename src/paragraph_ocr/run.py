@@ -6,20 +6,18 @@ import os
 import re
 import shutil
 import signal
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
-from paragraph_ocr import build, build_model, console, timeline
+from paragraph_ocr import build, build_model, console, signals, timeline
 from paragraph_ocr.config import Experiment
 from paragraph_ocr.data.curriculum import CurriculumDataModule
 from paragraph_ocr.ends import explain_end
@@ -48,8 +46,6 @@ from paragraph_ocr.quantised import quantise, restore
 from paragraph_ocr.resume import Unfinished, find_unfinished, held, identity, write_story
 from paragraph_ocr.stored import CONFIG, write_config
 from paragraph_ocr.tracking import OUTBOX, PARENT_VARIABLE, TROUBLE, TrackedRun, database_uri
-
-_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 RELEASE = "release"
 """Folder of a run's release, in the run's own."""
@@ -305,24 +301,18 @@ class _Job:
     def _ending_in_order(self) -> Iterator[None]:
         """Let SIGTERM and Ctrl-C save the run and end it; a second one ends it at once."""
 
-        def handle(number: int, frame: FrameType | None) -> None:
-            name = signal.Signals(number).name
+        def handle(number: signal.Signals) -> None:
             if self.checkpoints.asked is not None or not self.checkpoints.at_work:
-                raise KeyboardInterrupt(name)
-            self.checkpoints.asked = name
-            console.warn(f"{name}: saving the run, then ending it. Once more ends it at once.")
+                raise KeyboardInterrupt(number.name)
+            self.checkpoints.asked = number.name
+            console.warn(
+                f"{number.name}: saving the run, then ending it. Once more ends it at once."
+            )
 
-        if threading.current_thread() is not threading.main_thread():
+        with signals.taken_by(handle) as take_back:
+            # Lightning puts a handler of its own before ours, which would end the run without saving
+            self.checkpoints.take_signals = take_back
             yield
-            return
-        before = {number: signal.signal(number, handle) for number in _ENDING_SIGNALS}
-        # Lightning puts a handler of its own before ours, which would end the run without saving
-        self.checkpoints.take_signals = lambda: [signal.signal(n, handle) for n in _ENDING_SIGNALS]
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def run_name(overrides: Sequence[str]) -> str:

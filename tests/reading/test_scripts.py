@@ -65,6 +65,28 @@ def test_a_model_says_whether_pages_are_normalised_unless_the_words_do(
     assert own == wanted == recognizer.read(path).text + "\n" != unwanted
 
 
+def test_a_model_says_how_it_reads_unless_the_words_do(
+    read, recognizer, run_folder, images, capsys
+):
+    from paragraph_ocr.build_model import build_decoding
+    from paragraph_ocr.validation import overridden
+
+    path = scans(images)[0]
+    for name in ("greedy", "beam", "views"):
+        chosen = overridden(recognizer.experiment, [f"decoding={name}"])
+        other = copy.copy(recognizer)
+        other.decoding = build_decoding(chosen)
+        assert name == "greedy" or other.decoding != recognizer.decoding
+        words = [f"checkpoint={run_folder}", f"image={path}", "device=cpu", f"decoding={name}"]
+        assert read(*words, "write=json", f"into={name}") == 0
+        expected, written = (
+            other.read(path),
+            json.loads(Path(f"{name}/{path.stem}.json").read_text()),
+        )
+        assert capsys.readouterr().out.startswith(expected.text + "\n")
+        assert written["log_probability"] == pytest.approx(expected.log_probability)
+
+
 def test_a_folder_gives_every_image_and_the_files_asked_for(
     read, recognizer, run_folder, images, capsys, tmp_path
 ):
@@ -124,6 +146,7 @@ def test_no_transcription_is_written_over(read, run_folder, images):
         (["checkpoint=nowhere", "image=IMAGE"], "Pass checkpoint=outputs/runs"),
         (["checkpoint=RUN", "image=IMAGE", "batch_size=0"], "batch_size=0 must lie in"),
         (["checkpoint=RUN", "imge=IMAGE"], "nearest: image"),
+        (["checkpoint=RUN", "image=IMAGE", "decoding=view"], "greedy, views"),
     ],
 )
 @pytest.mark.usefixtures("no_release")
