@@ -48,6 +48,21 @@ class Sizes(NamedTuple):
     cluster: int
     views: int
 
+    @classmethod
+    def of(cls, decoder: Decoder, *, half: bool, cluster: int, views: int) -> "Sizes":
+        layer = cast(Layer, decoder.layers[0])
+        return cls(
+            width=decoder.width,
+            heads=layer.self_attention.heads,
+            hidden=layer.expand.out_features,
+            layers=len(decoder.layers),
+            tokens=decoder.embedding.num_embeddings,
+            pre=layer.pre,
+            half=half,
+            cluster=cluster,
+            views=views,
+        )
+
     @property
     def stored(self) -> torch.dtype:
         return torch.bfloat16 if self.half else torch.float32
@@ -145,19 +160,9 @@ def _kernel_for(decoder: Decoder, memory: Tensor, views: int) -> "Kernel | None"
     stored = torch.get_autocast_dtype(device.type) if autocast else memory.dtype
     if stored not in (torch.float32, torch.bfloat16):
         return None
-    layer = cast(Layer, decoder.layers[0])
-    for cluster in cluster_sizes(layer.self_attention.heads):
-        sizes = Sizes(
-            width=decoder.width,
-            heads=layer.self_attention.heads,
-            hidden=layer.expand.out_features,
-            layers=len(decoder.layers),
-            tokens=decoder.embedding.num_embeddings,
-            pre=layer.pre,
-            half=stored is torch.bfloat16,
-            cluster=cluster,
-            views=views,
-        )
+    half, heads = stored is torch.bfloat16, cast(Layer, decoder.layers[0]).self_attention.heads
+    for cluster in cluster_sizes(heads):
+        sizes = Sizes.of(decoder, half=half, cluster=cluster, views=views)
         if can_be_shared(sizes) and (kernel := _loaded(sizes, device)).clusters >= views:
             return kernel
     return None
