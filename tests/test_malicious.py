@@ -28,10 +28,11 @@ from paragraph_ocr.data.iam import IamCorpus
 from paragraph_ocr.data.store import Store
 from paragraph_ocr.data.text import folder as read_texts
 from paragraph_ocr.errors import UserError
+from paragraph_ocr.help import CONF
 from paragraph_ocr.model.encoder import Encoder
 from paragraph_ocr.stored import read_config
 from paragraph_ocr.targets import CheckedCallbacks
-from paragraph_ocr.validation import CONF, compose, validate
+from paragraph_ocr.validation import compose, validate
 
 SECONDS = 20  # on a machine that others use too; the slowest takes three
 

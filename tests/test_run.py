@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from paragraph_ocr.config import Experiment
 from paragraph_ocr.errors import UserError
+from paragraph_ocr.help import CONF
 from paragraph_ocr.quantised import restore
 from paragraph_ocr.run import RELEASE, folder_name, make_folder, run
-from paragraph_ocr.validation import CONF, compose, validate
+from paragraph_ocr.validation import compose, validate
 from small_curriculum import FEW_STAGES, INSTALLED, RECIPES, SMALL_CURRICULUM
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))

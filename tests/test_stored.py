@@ -4,8 +4,9 @@ import pytest
 import yaml
 
 from paragraph_ocr.errors import UserError
+from paragraph_ocr.help import CONF
 from paragraph_ocr.stored import CONFIG, read_config, write_config
-from paragraph_ocr.validation import CONF, compose, validate
+from paragraph_ocr.validation import compose, validate
 from small_curriculum import INSTALLED
 
 DATA = sorted(path.stem for path in (CONF / "datamodule").glob("*.yaml"))

@@ -1,7 +1,8 @@
 import pytest
 
 from paragraph_ocr.errors import UserError
-from paragraph_ocr.validation import CONF, compose, overridden, validate
+from paragraph_ocr.help import CONF
+from paragraph_ocr.validation import compose, overridden, validate
 from small_curriculum import INSTALLED, RECIPES
 
 CHOICES = [

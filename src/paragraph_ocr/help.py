@@ -5,6 +5,8 @@ from pathlib import Path
 
 from paragraph_ocr.console import console, say
 
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
 _USAGE = """\
 Train a paragraph reader.
 
@@ -18,12 +20,12 @@ Train a paragraph reader.
 """
 
 
-def show_help(conf: Path) -> None:
+def show_help() -> None:
     """Print usage, then each group's choices with the line that says why each exists."""
     console.print(_USAGE, markup=False, highlight=False)
     rows = [
         (group if index == 0 else "", file.stem, purpose(file))
-        for group, files in groups(conf)
+        for group, files in groups(CONF)
         for index, file in enumerate(files)
     ]
     widths = [max(len(row[column]) for row in rows) + 2 for column in (0, 1)]

@@ -4,7 +4,6 @@ import re
 import traceback
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -23,8 +22,7 @@ from paragraph_ocr.config import (
     register_schema,
 )
 from paragraph_ocr.errors import UserError, nearest
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
+from paragraph_ocr.help import CONF
 
 REFUSALS = (HydraException, OmegaConfBaseException, YAMLError)
 """What composing a config raises; `explain` puts it in one line."""

@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 from hydra_plugins.paragraph_ocr_sweeper import QuickLoader
 from paragraph_ocr.config import register_schema
-from paragraph_ocr.validation import CONF
+from paragraph_ocr.help import CONF
 
 TRIALS = [
     ["model.decoder.depth=2", "optimizer.lr=0.001", 'name="0001 a=1, b=null"'],

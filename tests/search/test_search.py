@@ -18,8 +18,9 @@ from quick_search import command, environment, runs, search
 from commands import kill_command, run_command, start_command
 from paragraph_ocr.build import build_vocabulary
 from paragraph_ocr.build_model import build_recognizer, load_weights
+from paragraph_ocr.help import CONF
 from paragraph_ocr.search.study import counts, open_storage, verdict
-from paragraph_ocr.validation import CONF, compose, validate
+from paragraph_ocr.validation import compose, validate
 
 ROOT = Path(__file__).parents[2]
 
