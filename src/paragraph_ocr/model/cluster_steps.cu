@@ -531,7 +531,7 @@ read_pages(const Stored* __restrict__ inward, const float* __restrict__ biases, 
         const Stored* page_cells = memory + (((long long)row * LAYERS * 2 * HEADS + head) * cells + part) * HEAD;
         const int offset = (part + PARTS - taken % PARTS) % PARTS;  // it keeps every PARTS'th cell of the text from here
         int token = start;
-        for (int step = 0; step < steps && token != end; ++step) {
+        for (int step = 0; step < steps && (step == 0 || token != end); ++step) {  // start may be end
             for (int column = threadIdx.x; column < WIDTH; column += THREADS)
                 block.stream()[column] = embedding[token * WIDTH + column] + positions[step * WIDTH + column];
             __syncthreads();
