@@ -64,8 +64,9 @@ FAMILIES = (
     "vujahday-script", "waiting-for-the-sunrise", "water-brush", "waterfall", "whisper", "windsong",
     "yesteryear", "yomogi", "yuji-boku", "yuji-mai", "yusei-magic", "zen-kurenaido", "zen-loop",
 )  # fmt: skip
-"""Of Fontsource: faces with a lower case of their own, as people write or once wrote, each unlike those before
-it. Not `liu-jian-mao-cao`: its Latin letters are those of `over-the-rainbow`, which data modules hold out."""
+"""Of Fontsource: faces with a lower case of their own, as people write or once wrote, each unlike those
+before it. Not `liu-jian-mao-cao`: its Latin letters are those of `over-the-rainbow`, which is
+held out."""
 
 BROWN = (
     "The Brown corpus, by W. N. Francis and H. Kucera (1964, revised 1979), distributed with the "

@@ -257,6 +257,7 @@ def test_a_card_names_texts_faces_licences_stages_and_time(recognizer, tmp_path)
     lines = replace(experiment.datamodule, height=96, texts=None)
     stages = [StageConfig({"lines": 1.0}, 32, 0.8, None), StageConfig({"pages": 1.0}, 8)]
     experiment.curriculum = CurriculumConfig(corpora={"lines": lines}, stages=stages)
+    experiment.decoding = validate(compose(["decoding=views"])).decoding
     card = model_card(
         recognizer,
         run=f"experiment=ten_minutes,outputs={tmp_path}",
@@ -268,7 +269,7 @@ def test_a_card_names_texts_faces_licences_stages_and_time(recognizer, tmp_path)
         f"SIL OFL 1.1: {names[0]}", f"Apache 2.0: {names[1]}", f"as their packages say: {names[2]}",
         f"see new hands: {names[0]}.", "`python train.py experiment=ten_minutes`, seed 0, 8.0 minutes",
         "| lines | 96x448 | 32 | loss below 0.8 |", "| pages | 160x448 | 8 | the end |",
-        "| test/cer | 0.0625 |",
+        "| test/cer | 0.0625 |", "by 3 views of each page, val/ by one |",
     ):  # fmt: skip
         assert said in card
     assert str(tmp_path) not in card

@@ -40,6 +40,8 @@ def model_card(
     rounding = (
         "test/ after rounding to int8, val/ before" if experiment.release else "before rounding"
     )
+    views = len(experiment.decoding.views)
+    looks = f"; test/ by {views} views of each page, val/ by one" if views > 1 else ""
     measured = "\n".join(
         f"| {key} | {value:.4g} |"
         for key, value in sorted(metrics.items())
@@ -68,7 +70,7 @@ Characters it can write: `{vocabulary!r}`
 {_stages(experiment)}
 ## Figures
 
-| of the run, {rounding} | |
+| of the run, {rounding}{looks} | |
 | --- | --- |
 {measured}
 
