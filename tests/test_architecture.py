@@ -22,6 +22,7 @@ SITES = {
     "uvicorn": {"web/app.py"},
     "scipy": {"data/emnist.py"},
     "hydra": {
+        "command.py",
         "config.py",
         "validation.py",
         "sweep.py",
