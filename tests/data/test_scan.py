@@ -73,6 +73,24 @@ def test_uneven_paper_and_what_shows_through_are_taken_out(strokes):
     assert float(np.mean(ink(photo)[strokes == 255] > 60)) < 0.01
 
 
+def woven(shape, deviation, *, threads_px=6.0):
+    """Return how much darker than its mean each pixel of woven paper is: threads across and down."""
+    generator = np.random.default_rng(0)
+    across, down = (
+        cv2.GaussianBlur(generator.normal(size=shape), (0, 0), sigmaX=wide, sigmaY=high)
+        for wide, high in ((threads_px, 0.7), (0.7, threads_px))
+    )
+    threads = across / across.std() + down / down.std()
+    return np.clip(deviation * threads / threads.std(), -0.1, 0.9)
+
+
+@pytest.mark.parametrize("deviation", [0.1, 0.2, 0.25])
+def test_the_grain_of_woven_paper_is_taken_out_and_strokes_stay(strokes, deviation):
+    page = ink((0.88 * strokes * (1 - woven(strokes.shape, deviation))).astype(np.uint8))
+    assert float(np.mean(page[strokes == 255] > 64)) < 0.02
+    assert float(np.mean(page[strokes == 20] > 64)) > 0.95
+
+
 def test_a_blank_page_is_blank():
     noise = np.random.default_rng(0).normal(230, 2, (100, 100)).astype(np.uint8)
     assert float(np.mean(ink(noise) > 30)) < 0.01
@@ -90,8 +108,10 @@ def slow_ink(grey):
     paper = cv2.GaussianBlur(cv2.morphologyEx(coarse, cv2.MORPH_CLOSE, window), (0, 0), 10)
     paper = cv2.resize(paper, grey.shape[::-1], interpolation=cv2.INTER_LINEAR)
     dark = 1 - grey.astype(np.float32) / np.maximum(paper, 1)
-    strokes = max(float(np.percentile(dark, 99)), 0.15)
-    return (np.clip((dark / strokes - 0.25) / 0.6, 0, 1) * 255).astype(np.uint8)
+    strokes, ground = max(float(np.percentile(dark, 99)), 0.15), np.median(dark)
+    grain = (ground + 2.5 * 1.4826 * np.median(np.abs(dark - ground))) / strokes
+    least = np.clip(grain, 0.25, 0.7)
+    return (np.clip((dark / strokes - least) / (0.85 - least), 0, 1) * 255).astype(np.uint8)
 
 
 def letter(seed, *, height=1200, width=900):

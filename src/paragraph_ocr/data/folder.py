@@ -21,7 +21,7 @@ from paragraph_ocr.errors import UserError
 
 MANIFESTS = ("manifest.jsonl", "manifest.csv")
 
-_VERSION = 2  # raise it whenever the same files give another store
+_VERSION = 3  # raise it whenever the same files give another store
 
 
 @dataclass(frozen=True, slots=True)

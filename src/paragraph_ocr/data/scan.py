@@ -30,6 +30,14 @@ _COARSE_PX, _BLOCK_PX = 600, 4
 _PAPER_BLOCKS, _PAPER_BLUR = 9, 2.5
 """Window in which the brightest is taken for paper, wider than a stroke, and its blur, in blocks."""
 
+_FAINTEST, _FULL = 0.25, 0.85
+"""How dark ink is at least, and where it is full, in strokes. What shows through from the back is fainter,
+and so is smooth paper's grain."""
+
+_GRAIN, _DARKEST_GRAIN = 3.7, 0.7
+"""Median deviations from the median by which the grain of woven or coarse paper may be darker (2.5 standard
+deviations of a normal distribution), and the most that is taken for grain, in strokes."""
+
 _SPARE = 3
 """How many times as large as it will be a page is cleaned at most. Strokes are thresholded before they are
 scaled: at 2 the mean pixel of a page of 300 dpi differs by 0.7 of 255 from what the whole scan gives, at 3
@@ -188,10 +196,12 @@ def ink(grey: np.ndarray) -> np.ndarray:
     paper = cv2.resize(_paper(grey), grey.shape[::-1], interpolation=cv2.INTER_LINEAR)
     light = cv2.divide(grey, paper, scale=255)  # 255 is as bright as the paper
     dark = 1 - np.arange(256) / 255  # of each of its values
-    (darkest,) = _percentiles(light, 1)
+    darkest, ground = _percentiles(light, 1, 50)
     strokes = max(1 - darkest / 255, 0.15)  # a blank page has none
-    # grain of the paper and what shows through from the back is fainter than a quarter of a stroke
-    levels = np.clip((dark / strokes - 0.25) / 0.6, 0, 1) * 255
+    (deviation,) = _percentiles(cv2.absdiff(light, np.full_like(light, round(ground))), 50)
+    grain = (1 - ground / 255 + _GRAIN * deviation / 255) / strokes
+    least = min(max(_FAINTEST, grain), _DARKEST_GRAIN)
+    levels = np.clip((dark / strokes - least) / (_FULL - least), 0, 1) * 255
     return cv2.LUT(light, levels.astype(np.uint8))
 
 
