@@ -40,7 +40,7 @@ class Options:
     )
     decoding: str | None = field(
         default=None,
-        metadata={"help": "greedy, beam, views (fewer errors, longer); null: the model's"},
+        metadata={"help": "greedy, beam, vote (fewer errors, longer); null: the model's"},
     )
     batch_size: int = field(default=16, metadata={"help": "images read together"})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:<n>"})

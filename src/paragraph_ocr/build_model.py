@@ -22,10 +22,11 @@ from paragraph_ocr.config import (
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.model.decoder import Decoder
 from paragraph_ocr.model.encoder import Encoder
-from paragraph_ocr.model.generate import Beam, Greedy, SpecialTokens, View
+from paragraph_ocr.model.generate import Beam, Greedy, SpecialTokens
 from paragraph_ocr.model.line_cnn import LineCnn
 from paragraph_ocr.model.reader import Reader
 from paragraph_ocr.model.transformer import TransformerReader
+from paragraph_ocr.model.vote import View, Vote
 from paragraph_ocr.quantised import restore
 from paragraph_ocr.stored import read_config
 from paragraph_ocr.vocabulary import Vocabulary
@@ -183,8 +184,12 @@ def load_weights(recognizer: Reader, path: Path) -> None:
         ) from error
 
 
-def build_decoding(experiment: Experiment) -> Greedy | Beam:
+def build_decoding(experiment: Experiment) -> Greedy | Beam | Vote:
     decoding = experiment.decoding
     if decoding.name == "beam":
         return Beam(width=decoding.beam_width, length_penalty=decoding.length_penalty)
-    return Greedy(views=tuple(View(*map(float, view)) for view in decoding.views))
+    if decoding.name == "vote":
+        data = experiment.datamodule
+        views = tuple(View(*map(float, view)) for view in decoding.views)
+        return Vote(views, canvas=(data.height, data.width))
+    return Greedy()

@@ -299,7 +299,7 @@ class DecodingConfig:
     beam_width: int = 1
     length_penalty: float = 0.0
     max_loss: float | None = None
-    # three numbers each, which checks/ looks at: OmegaConf takes no 1 for a float in a list of lists
+    # four numbers each, which checks/ looks at: OmegaConf takes no 1 for a float in a list of lists
     views: list[Any] = field(default_factory=list)
 
 

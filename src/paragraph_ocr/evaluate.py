@@ -306,7 +306,7 @@ def _about(model: _Model, other: _Model | None, options: Options) -> dict[str, s
         "canvas": f"{data.height}x{data.width} px" + (", normalised" if data.normalise else ""),
         "decoding": decoding.name
         + (f", {decoding.beam_width} beams" if decoding.name == "beam" else "")
-        + (f", {len(decoding.views)} of a page" if decoding.views else ""),
+        + (f" of {len(decoding.views)} readings" if decoding.views else ""),
         "store": model.store.path.name,
     }
     if other is not None:

@@ -6,6 +6,8 @@ from torch.overrides import TorchFunctionMode
 
 from paragraph_ocr.learning.callbacks import Measure, TrainingProgress
 from paragraph_ocr.learning.learner import add_token_noise
+from paragraph_ocr.model.generate import Greedy
+from paragraph_ocr.model.vote import Vote
 from paragraph_ocr.validation import compose, validate
 
 
@@ -163,10 +165,10 @@ def test_steps_that_are_not_logged_wait_for_no_number_of_a_gpu(tmp_path):
     assert asked_in_steps(tmp_path, [Measure(), TrainingProgress()], log_every=1) != []
 
 
-def test_validation_sees_a_page_once_and_the_test_sees_its_views(monkeypatch):
+def test_validation_reads_a_page_once_and_the_test_by_a_vote(monkeypatch):
     from paragraph_ocr import build, build_model
 
-    experiment = validate(compose(["model=tiny", "debug=ci", "datamodule=fake", "decoding=views"]))
+    experiment = validate(compose(["model=tiny", "debug=ci", "datamodule=fake", "decoding=vote"]))
     vocabulary = build.build_vocabulary(experiment)
     recognizer = build_model.build_recognizer(experiment, vocabulary)
     learner = build.build_learner(experiment, recognizer, vocabulary)
@@ -176,8 +178,8 @@ def test_validation_sees_a_page_once_and_the_test_sees_its_views(monkeypatch):
     seen = []
     read = recognizer.read
     monkeypatch.setattr(
-        recognizer, "read", lambda *a, **k: seen.append(k["decoding"].num_views) or read(*a, **k)
+        recognizer, "read", lambda *a, **k: seen.append(type(k["decoding"])) or read(*a, **k)
     )
     learner.read(batch, stage="val")
     assert len(learner.read(batch)) == len(batch)
-    assert seen == [1, 3]
+    assert seen == [Greedy, Vote]

@@ -50,10 +50,10 @@ REFERENCE = {"width": 256, "depth": 4, "feed_forward": 1024}
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize(("norm", "views"), [("pre", 3), ("post", 1)])
-def test_the_kernel_compiles_for_a_gpu_that_is_not_here(half, norm, views, tmp_path, monkeypatch):
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_the_kernel_compiles_for_a_gpu_that_is_not_here(half, norm, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    sizes = Sizes.of(make_decoder(norm=norm, **REFERENCE), half=half, cluster=16, views=views)
+    sizes = Sizes.of(make_decoder(norm=norm, **REFERENCE), half=half, cluster=16)
     assert cluster_steps.can_be_shared(sizes)
     assert (sizes.staged_bytes > 0) == half, "float32 weights are too large to be staged"
     code = cluster_steps.compiled(sizes, "sm_90")
@@ -70,7 +70,7 @@ def test_a_source_that_does_not_compile_says_where(monkeypatch, tmp_path):
     broken.write_text("int missing_semicolon = 1")
     monkeypatch.setattr(cluster_steps, "_SOURCE", broken)
     with pytest.raises(RuntimeError, match=r"broken\.cu\(1\): error"):
-        cluster_steps.compiled(Sizes.of(make_decoder(), half=True, cluster=16, views=1), "sm_90")
+        cluster_steps.compiled(Sizes.of(make_decoder(), half=True, cluster=16), "sm_90")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_source_that_does_not_compile_says_where(monkeypatch, tmp_path):
     ],
 )
 def test_sizes_that_cannot_be_shared_out_are_left_to_others(changed, cluster, can):
-    sizes = Sizes.of(make_decoder(**changed), half=True, cluster=cluster, views=1)
+    sizes = Sizes.of(make_decoder(**changed), half=True, cluster=cluster)
     assert cluster_steps.can_be_shared(sizes) == can
 
 
@@ -96,7 +96,7 @@ def test_decoders_of_all_configs_can_be_shared_out(path, half):
     names = ("norm", "tied", "width", "heads", "depth", "feed_forward")
     decoder = make_decoder(**{name: config[name] for name in names})
     cluster = cluster_steps.cluster_sizes(config.heads)[0]
-    assert cluster_steps.can_be_shared(Sizes.of(decoder, half=half, cluster=cluster, views=1))
+    assert cluster_steps.can_be_shared(Sizes.of(decoder, half=half, cluster=cluster))
 
 
 def test_clusters_have_as_many_blocks_as_heads_can_be_cut_into():
@@ -109,7 +109,7 @@ def test_clusters_have_as_many_blocks_as_heads_can_be_cut_into():
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_packed_weights_do_to_normalised_inputs_what_the_layers_do(norm):
     decoder = make_decoder(norm=norm, tied=norm == "pre")
-    sizes, layers = Sizes.of(decoder, half=False, cluster=16, views=1), list(decoder.layers)
+    sizes, layers = Sizes.of(decoder, half=False, cluster=16), list(decoder.layers)
     width, head = sizes.width, sizes.head
     inward, biases, outward, shifts, norms = cluster_steps._packed(decoder, layers, sizes)
     inputs = nn.functional.layer_norm(torch.randn(width), (width,))
@@ -158,7 +158,6 @@ SHAPES = [
 ]
 CASES = [
     pytest.mark.parametrize("shape", SHAPES),
-    pytest.mark.parametrize("views", [1, 3]),
     pytest.mark.parametrize(("norm", "masked"), [("pre", True), ("post", False)]),
 ]
 
@@ -169,17 +168,17 @@ def in_all_cases(test):
     return torch.no_grad()(test)
 
 
-def pages_and_texts(norm, masked, views, shape):
+def pages_and_texts(norm, masked, shape):
     """Return a decoder, memory and mask of eleven pages (more than are read at once), the texts, and an end.
 
     The end is the token at which they end at the most different lengths.
     """
     decoder = make_decoder(norm=norm, tied=masked, noise=0.25 if norm == "pre" else 0.15, **shape)
-    memory, mask = torch.randn(11 * views, 50, decoder.width), None
+    memory, mask = torch.randn(11, 50, decoder.width), None
     if masked:
-        seen = torch.randint(1, 51, (11,)).repeat_interleave(views)
-        mask = torch.arange(50) < seen[:, None]
-    arguments = {"start": START, "end": None, "pad": PAD, "max_length": 60, "views": views}
+        seen = torch.randint(1, 51, (11, 1))
+        mask = torch.arange(50) < seen
+    arguments = {"start": START, "end": None, "pad": PAD, "max_length": 60}
     texts = read_greedily_by_cache(decoder, memory, mask, **arguments)[0].tolist()
     lengths = {end: {text.index(end) for text in texts if end in text} for end in range(37)}
     end = max(lengths, key=lambda end: len(lengths[end]))
@@ -187,14 +186,14 @@ def pages_and_texts(norm, masked, views, shape):
 
 
 @in_all_cases
-def test_the_cases_read_on_a_gpu_end_at_different_lengths(norm, masked, views, shape):
-    assert pages_and_texts(norm, masked, views, shape)[-1] > 1
+def test_the_cases_read_on_a_gpu_end_at_different_lengths(norm, masked, shape):
+    assert pages_and_texts(norm, masked, shape)[-1] > 1
 
 
 @on_a_gpu
 @in_all_cases
-def test_tokens_and_scores_are_those_of_the_cached_step(norm, masked, views, shape):
-    decoder, memory, mask, arguments, end, _ = pages_and_texts(norm, masked, views, shape)
+def test_tokens_and_scores_are_those_of_the_cached_step(norm, masked, shape):
+    decoder, memory, mask, arguments, end, _ = pages_and_texts(norm, masked, shape)
     decoder, memory = decoder.cuda(), memory.cuda()
     precise = copy.deepcopy(decoder).double()
     mask = None if mask is None else mask.cuda()
@@ -212,16 +211,15 @@ def test_tokens_and_scores_are_those_of_the_cached_step(norm, masked, views, sha
 @on_a_gpu
 @torch.no_grad()
 @pytest.mark.parametrize("norm", ["pre", "post"])
-@pytest.mark.parametrize("views", [1, 3])
-def test_in_bfloat16_the_first_scores_stay_near_those_of_float32(norm, views):
+def test_in_bfloat16_the_first_scores_stay_near_those_of_float32(norm):
     decoder = make_decoder(norm=norm, **REFERENCE).cuda()
     for parameter in decoder.parameters():
         parameter.data = 0.5 * parameter
-    memory = torch.randn(4 * views, 100, decoder.width, device="cuda")
-    arguments = {"start": START, "end": None, "pad": PAD, "max_length": 60, "views": views}
+    memory = torch.randn(4, 100, decoder.width, device="cuda")
+    arguments = {"start": START, "end": None, "pad": PAD, "max_length": 60}
     expected, expected_scores = read_greedily_by_cache(decoder, memory, None, **arguments)
     with torch.autocast("cuda", torch.bfloat16):
-        assert cluster_steps.serves(decoder, memory, views)
+        assert cluster_steps.serves(decoder, memory)
         written, scores = cluster_steps.read_greedily(decoder, memory, None, **arguments)
     assert torch.allclose(scores[:, 0], expected_scores[:, 0], atol=0.05)
     assert (written == expected).float().mean() > 0.5
@@ -229,15 +227,14 @@ def test_in_bfloat16_the_first_scores_stay_near_those_of_float32(norm, views):
 
 @on_a_gpu
 @torch.no_grad()
-def test_many_pages_of_one_view_are_read_step_by_step_and_odd_sizes_not_at_all():
+def test_many_pages_are_read_step_by_step_and_odd_sizes_not_at_all():
     decoder = make_decoder(**REFERENCE).cuda()
     memory = torch.randn(64, 9, decoder.width, device="cuda")
     odd = make_decoder(width=60, heads=3).cuda()
     with torch.autocast("cuda", torch.bfloat16):
-        assert cluster_steps.serves(decoder, memory[:4], 1)
-        assert not cluster_steps.serves(decoder, memory, 1)
-        assert cluster_steps.serves(decoder, memory[:63], 3)
-        assert not cluster_steps.serves(odd, torch.randn(1, 9, 60, device="cuda"), 1)
+        assert cluster_steps.serves(decoder, memory[:4])
+        assert not cluster_steps.serves(decoder, memory)
+        assert not cluster_steps.serves(odd, torch.randn(1, 9, 60, device="cuda"))
     special = SpecialTokens(start=START, end=END, pad=PAD)
     with pytest.raises(ValueError, match="cannot be read with"):
         cluster_steps.read_greedily(

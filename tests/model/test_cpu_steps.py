@@ -51,10 +51,8 @@ def plain(decoder, memory, mask, *, end, max_length):
 
 
 @torch.no_grad()
-def read(decoder, memory, mask, *, end, max_length, by=cpu_steps.read_greedily, views=1):
-    return by(
-        decoder, memory, mask, start=START, end=end, pad=PAD, max_length=max_length, views=views
-    )
+def read(decoder, memory, mask, *, end, max_length, by=cpu_steps.read_greedily):
+    return by(decoder, memory, mask, start=START, end=end, pad=PAD, max_length=max_length)
 
 
 WAYS = pytest.mark.parametrize("by", [cpu_steps.read_greedily, read_greedily_by_cache])
@@ -75,30 +73,6 @@ def test_tokens_and_scores_are_those_of_the_plain_loop(norm, tied, masked, rows,
         written, scores = read(decoder, memory, mask, end=end, max_length=16, by=by)
         assert written.tolist() == expected.tolist()
         assert torch.allclose(scores, expected_scores, atol=1e-4)
-
-
-@WAYS
-@pytest.mark.parametrize("masked", [False, True])
-def test_views_of_a_page_are_read_as_one_text_by_the_mean_of_their_logits(masked, by):
-    for seed, end in itertools.product(range(3), (None, END)):
-        decoder = make_decoder(norm="pre", seed=seed)
-        decoder.bias.data[END] = 1.0
-        memory = torch.randn(6, 9, decoder.width)  # three views of two pages
-        mask = torch.arange(9) < torch.tensor([[5], [5], [5], [9], [9], [9]]) if masked else None
-        written, scores = read(decoder, memory, mask, end=end, max_length=16, by=by, views=3)
-        for page, group in enumerate((slice(0, 3), slice(3, 6))):
-            tokens = [START]
-            for step in range(15):
-                seen = None if mask is None else mask[group]
-                with torch.no_grad():
-                    logits = decoder(torch.tensor([tokens] * 3), memory[group], seen)[:, -1]
-                best, token = logits.mean(dim=0).log_softmax(dim=-1).max(dim=-1)
-                tokens.append(int(token))
-                assert float(scores[page, step]) == pytest.approx(float(best), abs=1e-4)
-                if int(token) == end:
-                    break
-            expected = [*tokens[1:], *[PAD] * (16 - len(tokens))]
-            assert written[page].tolist() == expected
 
 
 @WAYS

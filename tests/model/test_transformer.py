@@ -2,9 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from paragraph_ocr.model.generate import Greedy, View
+from paragraph_ocr.model.generate import Greedy
 from paragraph_ocr.model.reader import Letters
-from paragraph_ocr.model.transformer import views_of
 from paragraph_ocr.reading.explain import attention_weights
 
 PAD = 3
@@ -74,60 +73,6 @@ def slow_guidance(recognizer, pages, tokens, letters, sizes=None):
             for layer in weights[1:]:
                 cost -= float(layer[page, 0, place, cell].log()) / (len(weights) - 1)
     return cost
-
-
-def test_views_are_the_page_scaled_about_its_own_middle_and_moved():
-    pages = torch.zeros(2, 1, 40, 60, dtype=torch.uint8)
-    pages[0, 0, 10:30, 15:45] = 200
-    pages[1, 0, 10:20, 10:30] = 200  # on a page of 30x40
-    sizes = torch.tensor([[40, 60], [30, 40]])
-    beyond = pages.clone()
-    beyond[1, 0, 30:] = beyond[1, 0, :, 40:] = 255
-    views, of = views_of(beyond, sizes, [View(1, 0, 0), View(0.5, 3, -2)])
-    assert torch.equal(views[0], pages)
-    assert views[1].dtype == torch.uint8
-    assert torch.equal(of, sizes)
-    for view, page, middle in zip(views[1], pages, [(20, 30), (15, 20)], strict=True):
-        assert float(view.sum()) == pytest.approx(0.25 * float(page.sum()), rel=0.02)
-        shares = view[0].float() / view.sum()
-        found = torch.stack(
-            [shares.sum(1) @ torch.arange(40.0), shares.sum(0) @ torch.arange(60.0)]
-        )
-        ink = (page[0] > 0).nonzero().float().mean(dim=0) + 0.5 - torch.tensor(middle)
-        expected = torch.tensor(middle) + 0.5 * ink + torch.tensor([-2, 3])
-        assert torch.allclose(found + 0.5, expected, atol=0.1)
-    whole, none = views_of(pages[:1], None, [View(0.5, 3, -2)])
-    assert torch.equal(whole[0][0], views[1][0])
-    assert none is None
-
-
-def test_views_are_the_same_under_autocast():
-    pages = torch.randint(0, 256, (2, 1, 576, 640), dtype=torch.uint8)
-    views = [View(1, 0, 0), View(1.03, 1, 8)]
-    expected = views_of(pages, None, views)[0]
-    assert torch.equal(expected[0], pages)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = views_of(pages, None, views)[0]
-    assert all(map(torch.equal, found, expected))
-
-
-def test_what_a_view_moves_stays_on_its_page_where_the_canvas_has_room():
-    pages = torch.zeros(1, 1, 40, 60, dtype=torch.uint8)
-    pages[0, 0, 25:30, 35:40] = 200  # in the corner of a page of 30x40
-    views, of = views_of(pages, torch.tensor([[30, 40]]), [View(1, 2, 5), View(1.5, 0, 0)])
-    assert of.tolist() == [[38, 50]]  # of the larger; it is the size of both
-    assert views[0][0, 0, 30:35, 37:42].min() == 200
-    assert (views[1][0, 0] > 64).nonzero().amax(dim=0).tolist() == [37, 49]
-
-
-def test_views_that_are_the_page_itself_change_nothing(make_recognizer, pages):
-    recognizer = make_recognizer()
-    alone = recognizer.read(pages, decoding=Greedy(), max_length=20)
-    same, smaller = View(1, 0, 0), View(0.5, 0, 0)
-    twice = recognizer.read(pages, decoding=Greedy(views=(same, same)), max_length=20)
-    assert [reading.tokens for reading in twice] == [reading.tokens for reading in alone]
-    other = recognizer.read(pages, decoding=Greedy(views=(smaller,)), max_length=20)
-    assert [r.confidences for r in other] != [r.confidences for r in alone]
 
 
 def test_guidance_costs_what_reading_and_looking_elsewhere_cost(make_recognizer, pages):

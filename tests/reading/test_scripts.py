@@ -72,7 +72,7 @@ def test_a_model_says_how_it_reads_unless_the_words_do(
     from paragraph_ocr.validation import overridden
 
     path = scans(images)[0]
-    for name in ("greedy", "beam", "views"):
+    for name in ("greedy", "beam", "vote"):
         chosen = overridden(recognizer.experiment, [f"decoding={name}"])
         other = copy.copy(recognizer)
         other.decoding = build_decoding(chosen)
@@ -146,7 +146,7 @@ def test_no_transcription_is_written_over(read, run_folder, images):
         (["checkpoint=nowhere", "image=IMAGE"], "Pass checkpoint=outputs/runs"),
         (["checkpoint=RUN", "image=IMAGE", "batch_size=0"], "batch_size=0 must lie in"),
         (["checkpoint=RUN", "imge=IMAGE"], "nearest: image"),
-        (["checkpoint=RUN", "image=IMAGE", "decoding=view"], "greedy, views"),
+        (["checkpoint=RUN", "image=IMAGE", "decoding=view"], "greedy, vote"),
     ],
 )
 @pytest.mark.usefixtures("no_release")
@@ -257,7 +257,7 @@ def test_a_card_names_texts_faces_licences_stages_and_time(recognizer, tmp_path)
     lines = replace(experiment.datamodule, height=96, texts=None)
     stages = [StageConfig({"lines": 1.0}, 32, 0.8, None), StageConfig({"pages": 1.0}, 8)]
     experiment.curriculum = CurriculumConfig(corpora={"lines": lines}, stages=stages)
-    experiment.decoding = validate(compose(["decoding=views"])).decoding
+    experiment.decoding = validate(compose(["decoding=vote"])).decoding
     card = model_card(
         recognizer,
         run=f"experiment=ten_minutes,outputs={tmp_path}",
@@ -269,7 +269,7 @@ def test_a_card_names_texts_faces_licences_stages_and_time(recognizer, tmp_path)
         f"SIL OFL 1.1: {names[0]}", f"Apache 2.0: {names[1]}", f"as their packages say: {names[2]}",
         f"see new hands: {names[0]}.", "`python train.py experiment=ten_minutes`, seed 0, 8.0 minutes",
         "| lines | 96x448 | 32 | loss below 0.8 |", "| pages | 160x448 | 8 | the end |",
-        "| test/cer | 0.0625 |", "by 3 views of each page, val/ by one |",
+        "| test/cer | 0.0625 |", "by the vote of 6 readings of each page, val/ by one |",
     ):  # fmt: skip
         assert said in card
     assert str(tmp_path) not in card

@@ -17,8 +17,8 @@ from paragraph_ocr.config import (
 )
 from paragraph_ocr.errors import UserError
 
-_SCALES = (0.2, 2.0)
-"""Least and greatest of a view."""
+_VIEWS = ((0.2, 2.0), (0.2, 2.0), (-60, 60), (-45, 45))
+"""Least and greatest numbers of a view: factors of width and height, degrees of leaning and turning."""
 
 __all__ = ["check_combinations", "check_together", "check_values"]
 
@@ -114,17 +114,22 @@ def _check_decoding(decoding: DecodingConfig) -> None:
             f"decoding.beam_width={decoding.beam_width} does nothing in decoding={decoding.name}. "
             "Pass decoding=beam."
         )
-    if (decoding.name == "views") != bool(decoding.views):
+    if (decoding.name == "vote") != bool(decoding.views):
         raise UserError(
             f"decoding.views={decoding.views} does not go with decoding.name={decoding.name}. "
-            f"Pass decoding={'views' if decoding.views else 'greedy'}."
+            f"Pass decoding={'vote' if decoding.views else 'greedy'}."
         )
     for view in decoding.views:
         numbers = isinstance(view, list) and all(isinstance(part, int | float) for part in view)
-        if not numbers or len(view) != 3 or not _SCALES[0] <= view[0] <= _SCALES[1]:
+        if (
+            not numbers
+            or len(view) != len(_VIEWS)
+            or not all(low <= part <= high for part, (low, high) in zip(view, _VIEWS, strict=True))
+        ):
             raise UserError(
-                f"decoding.views has {view}, and needs a scale from {_SCALES[0]} to {_SCALES[1]} and pixels "
-                "to the right and down. Pass decoding.views=[[1,0,0],[0.97,2,16]]."
+                f"decoding.views has {view}, and needs two factors from {_VIEWS[0][0]} to {_VIEWS[0][1]}, "
+                f"a lean of at most {_VIEWS[2][1]} and a turn of at most {_VIEWS[3][1]} degrees. "
+                "Pass decoding.views=[[1,1,0,0],[1.15,1,12,0]]."
             )
 
 

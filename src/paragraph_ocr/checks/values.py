@@ -15,7 +15,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.strategy": ("auto", "ddp"),
     "trainer.on_nan": ("stop", "skip", "rollback"),
     "trainer.profiler": ("simple", "advanced", "pytorch"),
-    "decoding.name": ("greedy", "views", "beam"),
+    "decoding.name": ("greedy", "vote", "beam"),
     "model.loss": ("windows", "ctc"),
     "regularization.augment_on": ("device", "workers"),
     "vocabulary.unknown": ("error", "drop", "replace"),

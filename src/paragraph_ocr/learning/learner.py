@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +22,7 @@ from paragraph_ocr.learning.processes import send_buffers
 from paragraph_ocr.metrics import ReadingErrors, TokenLoss
 from paragraph_ocr.model.generate import Greedy
 from paragraph_ocr.model.reader import Letters, Reader, compiled_for
+from paragraph_ocr.model.vote import Vote
 from paragraph_ocr.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 
@@ -254,10 +255,10 @@ class Learner(pl.LightningModule):
         self._log_errors("test")
 
     def read(self, batch: Batch, *, stage: Literal["val", "test"] = "test") -> list[str]:
-        """Return the free-running readings of a batch; validation looks at each page once."""
+        """Return the free-running readings of a batch; validation reads each page once."""
         decoding = self.decoding
-        if stage == "val" and isinstance(decoding, Greedy):
-            decoding = replace(decoding, views=())
+        if stage == "val" and isinstance(decoding, Vote):
+            decoding = Greedy()
         readings = self.kept.read(
             batch.images, batch.sizes, decoding=decoding, max_length=self.max_length
         )

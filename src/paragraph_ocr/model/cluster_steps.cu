@@ -10,7 +10,6 @@
 //   PRE       1 where norms stand before their sublayers
 //   HALF      1 where matrices, keys and values are bfloat16, 0 for float32; all sums are float32
 //   CLUSTER   blocks of a cluster: HEADS times a power of two
-//   VIEWS     clusters that read one page together, by the mean of their logits
 //   STAGED    1 where weights are copied to shared memory before they are needed; 0 where they do not fit
 //   THREADS   of a block
 
@@ -409,20 +408,6 @@ struct Block {
     }
 };
 
-// A logit's mean over the clusters that read a page, each of which leaves its own beside the number of its step and
-// waits for the others': so no more may be launched than run at once.
-__device__ float mean_of_views(volatile Wide* words, int view, int stride, Bits step, float logit) {
-    words[view * stride] = (Wide)step << 32 | __float_as_uint(logit);
-    float sum = 0.0f;
-    for (int other = 0; other < VIEWS; ++other) {
-        Wide word;
-        do word = words[other * stride];
-        while ((Bits)(word >> 32) != step);
-        sum += __uint_as_float((Bits)word);
-    }
-    return sum / VIEWS;
-}
-
 // A sublayer's weights, as one block of the cluster needs them; SUBLAYERS stands for the read-out.
 struct Sublayer {
     int index, rank;
@@ -463,22 +448,20 @@ struct Sublayer {
 //   shifts     SUBLAYERS WIDTH: the biases of these
 //   norms      SUBLAYERS 2 WIDTH: gain and shift of the norm before each
 //   embedding  TOKENS WIDTH, positions  steps WIDTH
-//   memory     pages VIEWS LAYERS 2 HEADS cells HEAD: keys and values
-//   mask       pages VIEWS cells: 1 where a cell is seen; null if all are
+//   memory     pages LAYERS 2 HEADS cells HEAD: keys and values
+//   mask       pages cells: 1 where a cell is seen; null if all are
 //   past       clusters CLUSTER LAYERS 2 ceil(steps / PARTS) HEAD
-//   exchange   clusters / VIEWS times 2 VIEWS CLUSTER*CHOICES; all 0
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
 read_pages(const Stored* __restrict__ inward, const float* __restrict__ biases, const Stored* __restrict__ outward,
            const float* __restrict__ shifts, const float* __restrict__ norms, const float* __restrict__ embedding,
            const float* __restrict__ positions, const Stored* memory, const unsigned char* __restrict__ mask,
-           Stored* past, Wide* exchange, long long* written, float* scores, float epsilon, int pages, int cells,
+           Stored* past, long long* written, float* scores, float epsilon, int pages, int cells,
            int steps, int start, int end) {
     __shared__ __align__(16) Shared shared;
     const int cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER, rank = blockIdx.x % CLUSTER;
-    const int team = cluster / VIEWS, view = cluster % VIEWS, lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32;
     const int head = rank / PARTS, part = rank % PARTS, places = (steps + PARTS - 1) / PARTS;
     past += (long long)blockIdx.x * LAYERS * 2 * places * HEAD;
-    exchange += team * 2 * VIEWS * CLUSTER * CHOICES + rank * CHOICES;
 
     Block block{shared, rank,
                 {&shared.barriers[0], CLUSTER * PACKET * 4}, {&shared.barriers[1], WIDTH * 4},
@@ -525,10 +508,9 @@ read_pages(const Stored* __restrict__ inward, const float* __restrict__ biases, 
 
     Bits turn = 0;   // sublayers and read-outs so far
     Bits taken = 0;  // steps, of all pages
-    for (int page = team; page < pages; page += clusters / VIEWS) {
-        const int row = page * VIEWS + view;
-        const unsigned char* seen = mask ? mask + (long long)row * cells + part : nullptr;
-        const Stored* page_cells = memory + (((long long)row * LAYERS * 2 * HEADS + head) * cells + part) * HEAD;
+    for (int page = cluster; page < pages; page += clusters) {
+        const unsigned char* seen = mask ? mask + (long long)page * cells + part : nullptr;
+        const Stored* page_cells = memory + (((long long)page * LAYERS * 2 * HEADS + head) * cells + part) * HEAD;
         const int offset = (part + PARTS - taken % PARTS) % PARTS;  // it keeps every PARTS'th cell of the text from here
         int token = start;
         for (int step = 0; step < steps && (step == 0 || token != end); ++step) {  // start may be end
@@ -587,10 +569,6 @@ read_pages(const Stored* __restrict__ inward, const float* __restrict__ biases, 
             float* logits = shared.logits[block.choices.side()];
             each_row<WIDTH>(inner, read_out.rows(), shared.inputs, [&](int row, float product) {
                 product += shared.biases[read_out.first_bias() + row];
-                if (VIEWS > 1) {
-                    Wide* words = exchange + taken % 2 * VIEWS * CLUSTER * CHOICES + row;
-                    product = mean_of_views(words, view, CLUSTER * CHOICES, taken, product);
-                }
                 for (int other = 0; other < CLUSTER; ++other)
                     block.choices.send(logits + rank * CHOICES + row, product, other);
             });
@@ -606,7 +584,7 @@ read_pages(const Stored* __restrict__ inward, const float* __restrict__ biases, 
                 const int there = __shfl_xor_sync(ALL, token, offset);
                 if (its > best || (its == best && there < token)) best = its, token = there;
             }
-            if (rank == 0 && view == 0 && threadIdx.x < 32) {
+            if (rank == 0 && threadIdx.x < 32) {
                 float sum = 0.0f;
                 for (int other = lane; other < TOKENS; other += 32) sum += expf(logits[other] - best);
                 sum = summed<1, 32>(sum);

@@ -46,10 +46,9 @@ class Sizes(NamedTuple):
     pre: bool
     half: bool
     cluster: int
-    views: int
 
     @classmethod
-    def of(cls, decoder: Decoder, *, half: bool, cluster: int, views: int) -> "Sizes":
+    def of(cls, decoder: Decoder, *, half: bool, cluster: int) -> "Sizes":
         layer = cast(Layer, decoder.layers[0])
         return cls(
             width=decoder.width,
@@ -60,7 +59,6 @@ class Sizes(NamedTuple):
             pre=layer.pre,
             half=half,
             cluster=cluster,
-            views=views,
         )
 
     @property
@@ -92,12 +90,10 @@ class Sizes(NamedTuple):
         return 4 * self.layers * (4 * self.head + self.units + 9 * self.width // self.cluster)
 
 
-def serves(decoder: Decoder, memory: Float[Tensor, "B M D"], views: int) -> bool:
-    """Return whether pages are read here, and faster than by `gpu_steps`, which knows one view alone."""
-    kernel = _kernel_for(decoder, memory, views)
-    if kernel is None:
-        return False
-    return views > 1 or len(memory) <= _ROUNDS * kernel.clusters
+def serves(decoder: Decoder, memory: Float[Tensor, "B M D"]) -> bool:
+    """Return whether pages are read here, and faster than by `gpu_steps`."""
+    kernel = _kernel_for(decoder, memory)
+    return kernel is not None and len(memory) <= _ROUNDS * kernel.clusters
 
 
 def read_greedily(
@@ -109,20 +105,18 @@ def read_greedily(
     end: int | None,
     pad: int,
     max_length: int,
-    views: int = 1,
-) -> tuple[Int[Tensor, "pages L"], Float[Tensor, "pages L"]]:
+) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B L"]]:
     """Return what `cpu_steps.read_greedily` does.
 
     Raises:
         ValueError: there is no kernel for this decoder or GPU.
     """
-    kernel = _kernel_for(decoder, memory, views)
+    kernel = _kernel_for(decoder, memory)
     if kernel is None:
         raise ValueError("a decoder of these sizes cannot be read with by clusters here")
     sizes, device = kernel.sizes, memory.device
     layers = cast(list[Layer], list(decoder.layers))
-    pages, steps, clusters = len(memory) // views, max_length - 1, kernel.clusters // views * views
-    clusters = min(len(memory), clusters)
+    pages, steps, clusters = len(memory), max_length - 1, min(len(memory), kernel.clusters)
     projected = [layer.cross_attention.keys_values(memory).transpose(0, 1) for layer in layers]
     cells: Float[Tensor, "B layers 2 heads M d"] = torch.stack(projected, dim=1).to(sizes.stored)
     places = math.ceil(steps / (sizes.cluster // sizes.heads))
@@ -136,20 +130,18 @@ def read_greedily(
         ]
         past_size = clusters, sizes.cluster, sizes.layers, 2, places, sizes.head
         past = torch.empty(past_size, dtype=sizes.stored)
-        exchange_size = clusters // views, 2, views, sizes.cluster * sizes.choices
-        exchange = torch.zeros(exchange_size, dtype=torch.int64)
         written = torch.full((pages, steps), pad)
         scores = torch.zeros(pages, steps)
     kernel.launch(
         clusters,
-        [*inputs, past, exchange, written, scores],
+        [*inputs, past, written, scores],
         cast(nn.LayerNorm, layers[0].norms[0]).eps,
         [pages, memory.shape[1], steps, start, -1 if end is None else end],
     )
     return written, scores
 
 
-def _kernel_for(decoder: Decoder, memory: Tensor, views: int) -> "Kernel | None":
+def _kernel_for(decoder: Decoder, memory: Tensor) -> "Kernel | None":
     """Return the kernel that reads so, or None: it takes a GPU with clusters and sizes that can be shared."""
     device = memory.device
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
@@ -162,8 +154,8 @@ def _kernel_for(decoder: Decoder, memory: Tensor, views: int) -> "Kernel | None"
         return None
     half, heads = stored is torch.bfloat16, cast(Layer, decoder.layers[0]).self_attention.heads
     for cluster in cluster_sizes(heads):
-        sizes = Sizes.of(decoder, half=half, cluster=cluster, views=views)
-        if can_be_shared(sizes) and (kernel := _loaded(sizes, device)).clusters >= views:
+        sizes = Sizes.of(decoder, half=half, cluster=cluster)
+        if can_be_shared(sizes) and (kernel := _loaded(sizes, device)).clusters:
             return kernel
     return None
 

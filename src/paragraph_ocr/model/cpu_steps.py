@@ -80,17 +80,14 @@ def read_greedily(
     end: int | None,
     pad: int,
     max_length: int,
-    views: int = 1,
-) -> tuple[Int[Tensor, "pages L"], Float[Tensor, "pages L"]]:
+) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B L"]]:
     """Return the likeliest token of each of max_length - 1 steps, and its log-probability.
 
     Args:
-        views: rows that follow one another and are views of one page, read as one text by the mean of
-            their logits.
         end: the token that ends a row; None goes on to the maximum length whatever is written.
         pad: what is written after the end.
     """
-    count, layers = len(memory) // views, cast(list[Layer], list(decoder.layers))
+    count, layers = len(memory), cast(list[Layer], list(decoder.layers))
     written = torch.full((count, max_length - 1), pad)
     scores = torch.zeros(count, max_length - 1)
     heads, pre = layers[0].self_attention.heads, layers[0].pre
@@ -101,9 +98,7 @@ def read_greedily(
         weights = _stacked(decoder, layers, stored)
 
         def steps_of(page: int) -> Callable[[], None]:
-            cells = memory[page * views : (page + 1) * views]
-            if memory_mask is not None:  # views of a page have its size
-                cells = cells[:, memory_mask[page * views]]
+            cells = memory[page] if memory_mask is None else memory[page, memory_mask[page]]
             keys, values = _projected(layers, cells.to(stored))
             into = written[page].numpy(), scores[page].numpy()
             ends = start, -1 if end is None else end
@@ -158,16 +153,16 @@ def _stacked(decoder: Decoder, layers: list[Layer], stored: torch.dtype) -> _Wei
 
 
 def _projected(
-    layers: list[Layer], seen: Float[Tensor, "views M D"]
-) -> Shaped[np.ndarray, "2 views layers heads M d"]:
-    """Return the keys and values of the cells of a page's views, in the type that these have."""
+    layers: list[Layer], seen: Float[Tensor, "M D"]
+) -> Shaped[np.ndarray, "2 layers heads M d"]:
+    """Return the keys and values of a page's cells, in the type that these have."""
     projected = []
     for layer in layers:
         attention = layer.cross_attention
         weight, bias = (part.to(seen) for part in attention.key_value.parameters())
-        both = F.linear(seen, weight, bias).unflatten(2, (2, attention.heads, -1))
-        projected.append(both.permute(2, 0, 3, 1, 4))
-    return _array(torch.stack(projected, dim=2))
+        both = F.linear(seen, weight, bias).unflatten(1, (2, attention.heads, -1))
+        projected.append(both.permute(1, 2, 0, 3))
+    return _array(torch.stack(projected, dim=1))
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -204,67 +199,55 @@ def _number_for(stored):
 def _read_page(weights, heads, pre, epsilon, keys, values, start, end, tokens, scores):
     """Write a page's tokens, up to its end, and their log-probabilities into `tokens` and `scores`.
 
-    Keys and values are "views layers heads M d". All views are given the same tokens, so that each weight
-    is fetched once for them.
+    Keys and values are "layers heads M d".
     """
     num_layers, width, hidden_width = weights.contract.shape
-    views, steps, head_width = len(keys), len(tokens), width // heads
-    past_keys = np.empty((views, num_layers, heads, steps, head_width), np.float32)
+    steps, cells, head_width = len(tokens), keys.shape[2], width // heads
+    past_keys = np.empty((num_layers, heads, steps, head_width), np.float32)
     past_values = np.empty_like(past_keys)
-    states, inputs = np.empty((views, width), np.float32), np.empty((views, width), np.float32)
+    states, inputs = np.empty(width, np.float32), np.empty(width, np.float32)
     queries, gathered = np.empty_like(states), np.empty_like(states)
-    own, hidden = (
-        np.empty((views, 3 * width), np.float32),
-        np.empty((views, hidden_width), np.float32),
-    )
-    update, logits = np.empty_like(states), np.empty((views, len(weights.read_out)), np.float32)
-    places = max(steps, keys.shape[3])
+    own, hidden = np.empty(3 * width, np.float32), np.empty(hidden_width, np.float32)
+    update, logits = np.empty_like(states), np.empty(len(weights.read_out), np.float32)
+    places = max(steps, cells)
     shares, powers = np.empty(places, np.float32), np.empty(places, np.int32)
 
     token = start
     for step in range(steps):
-        for view in range(views):
-            states[view] = weights.embedding[token] + weights.positions[step]
+        states[:] = weights.embedding[token] + weights.positions[step]
         for layer in range(num_layers):
             norms = weights.norms[layer]
 
             _begin(states, pre, norms[0], epsilon, inputs)
             _multiply(weights.own[layer], weights.own_bias[layer], inputs, own)
-            for view in range(views):
-                mine, past = own[view], (past_keys[view, layer], past_values[view, layer])
-                for head in range(heads):
-                    place = width + head * head_width
-                    past[0][head, step] = mine[place : place + head_width]
-                    past[1][head, step] = mine[place + width : place + width + head_width]
-                _attend(mine[:width], past[0], past[1], step + 1, shares, powers, gathered[view])
+            past = past_keys[layer], past_values[layer]
+            for head in range(heads):
+                place = width + head * head_width
+                past[0][head, step] = own[place : place + head_width]
+                past[1][head, step] = own[place + width : place + width + head_width]
+            _attend(own[:width], past[0], past[1], step + 1, shares, powers, gathered)
             _multiply(weights.own_out[layer], weights.own_out_bias[layer], gathered, update)
             _join(states, update, pre, norms[0], epsilon)
 
             _begin(states, pre, norms[1], epsilon, inputs)
             _multiply(weights.cross[layer], weights.cross_bias[layer], inputs, queries)
-            for view in range(views):
-                seen = keys[view, layer], values[view, layer]
-                _attend(
-                    queries[view], seen[0], seen[1], keys.shape[3], shares, powers, gathered[view]
-                )
+            _attend(queries, keys[layer], values[layer], cells, shares, powers, gathered)
             _multiply(weights.cross_out[layer], weights.cross_out_bias[layer], gathered, update)
             _join(states, update, pre, norms[1], epsilon)
 
             _begin(states, pre, norms[2], epsilon, inputs)
             _multiply(weights.expand[layer], weights.expand_bias[layer], inputs, hidden)
-            for view in range(views):
-                for index in range(hidden_width):
-                    hidden[view, index] = max(hidden[view, index], np.float32(0.0))
+            for index in range(hidden_width):
+                hidden[index] = max(hidden[index], np.float32(0.0))
             _multiply(weights.contract[layer], weights.contract_bias[layer], hidden, update)
             _join(states, update, pre, norms[2], epsilon)
 
         _begin(states, pre, weights.last_norm, epsilon, inputs)
         _multiply(weights.read_out, weights.read_out_bias, inputs, logits)
-        mean = logits.sum(axis=0) / np.float32(views)
-        token = np.argmax(mean)
+        token = np.argmax(logits)
         total = np.float32(0.0)
-        for index in range(len(mean)):
-            total += math.exp(mean[index] - mean[token])
+        for index in range(len(logits)):
+            total += math.exp(logits[index] - logits[token])
         tokens[step], scores[step] = token, -math.log(total)
         if token == end:
             break
@@ -284,9 +267,8 @@ def _begin(states, pre, norm, epsilon, inputs):
 @no_type_check
 def _join(states, update, pre, norm, epsilon):
     """Add what a block returns to the states."""
-    for view in range(states.shape[0]):
-        for index in range(states.shape[1]):
-            states[view, index] += update[view, index]
+    for index in range(len(states)):
+        states[index] += update[index]
     if not pre:
         _normalise(states, norm, epsilon, states)
 
@@ -294,30 +276,27 @@ def _join(states, update, pre, norm, epsilon):
 @_compiled
 @no_type_check
 def _normalise(states, norm, epsilon, out):
-    views, width = states.shape
-    for view in range(views):
-        mean, square = np.float32(0.0), np.float32(0.0)
-        for index in range(width):
-            mean += states[view, index]
-        mean /= np.float32(width)
-        for index in range(width):
-            square += (states[view, index] - mean) ** 2
-        scale = np.float32(1.0 / math.sqrt(square / width + epsilon))
-        for index in range(width):
-            normal = (states[view, index] - mean) * scale
-            out[view, index] = normal * norm[0, index] + norm[1, index]
+    width = len(states)
+    mean, square = np.float32(0.0), np.float32(0.0)
+    for index in range(width):
+        mean += states[index]
+    mean /= np.float32(width)
+    for index in range(width):
+        square += (states[index] - mean) ** 2
+    scale = np.float32(1.0 / math.sqrt(square / width + epsilon))
+    for index in range(width):
+        out[index] = (states[index] - mean) * scale * norm[0, index] + norm[1, index]
 
 
 @_compiled
 @no_type_check
 def _multiply(weight, bias, inputs, out):
-    """Put weight @ inputs + bias of each view into `out`."""
+    """Put weight @ inputs + bias into `out`."""
     for row in range(weight.shape[0]):
-        for view in range(len(inputs)):
-            total = np.float32(0.0)
-            for column in range(weight.shape[1]):
-                total += _number(weight[row, column]) * inputs[view, column]
-            out[view, row] = total + bias[row]
+        total = np.float32(0.0)
+        for column in range(weight.shape[1]):
+            total += _number(weight[row, column]) * inputs[column]
+        out[row] = total + bias[row]
 
 
 @_compiled

@@ -5,8 +5,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,14 +20,6 @@ _ROWS_FOR_ONE_THREAD = 4
 """Rows up to which a step's operations take less time than threads need to meet, 30 us each."""
 
 
-class View(NamedTuple):
-    """A page drawn larger or smaller about its middle, and moved, in pixels."""
-
-    scale: float
-    right: float
-    down: float
-
-
 @dataclass(frozen=True, slots=True)
 class Greedy:
     """Take the likeliest token at each step.
@@ -38,12 +28,6 @@ class Greedy:
     """
 
     ignore_end: bool = False
-    views: tuple[View, ...] = ()
-    """They are read as one text, by the mean of their logits; none is the page as it is, alone."""
-
-    @property
-    def num_views(self) -> int:
-        return max(1, len(self.views))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +72,7 @@ def generate(
     decoding: Greedy | Beam,
     max_length: int,
 ) -> list[Reading]:
-    """Return a reading of each page, of at most max_length tokens with start and end.
-
-    Args:
-        memory: of each page, or of each of its views, those of one page after one another.
-    """
+    """Return a reading of each page, of at most max_length tokens with start and end."""
     if isinstance(decoding, Greedy):
         return _greedy(decoder, memory, memory_mask, special, decoding, max_length)
     cache = decoder.start(memory, memory_mask, max_length=max_length)
@@ -123,7 +103,7 @@ def _greedy(
     decoding: Greedy,
     max_length: int,
 ) -> list[Reading]:
-    written, scores = _steps_for(decoder, memory, decoding.num_views)(
+    written, scores = _steps_for(decoder, memory)(
         decoder,
         memory,
         memory_mask,
@@ -138,22 +118,19 @@ def _greedy(
     ]
 
 
-def _steps_for(
-    decoder: Decoder, memory: Tensor, views: int
-) -> Callable[..., tuple[Tensor, Tensor]]:
+def _steps_for(decoder: Decoder, memory: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return what reads fastest here: tokens of each page, and their log-probabilities."""
     if memory.device.type == "cpu":
         from paragraph_ocr.model import cpu_steps
 
-        return partial(cpu_steps.read_greedily, views=views)
+        return cpu_steps.read_greedily
     if memory.device.type == "cuda" and _HAS_TRITON:
         from paragraph_ocr.model import cluster_steps, gpu_steps
 
-        if cluster_steps.serves(decoder, memory, views):
-            return partial(cluster_steps.read_greedily, views=views)
-        if views == 1:
-            return gpu_steps.read_greedily
-    return partial(read_greedily_by_cache, views=views)
+        if cluster_steps.serves(decoder, memory):
+            return cluster_steps.read_greedily
+        return gpu_steps.read_greedily
+    return read_greedily_by_cache
 
 
 def read_greedily_by_cache(
@@ -165,17 +142,15 @@ def read_greedily_by_cache(
     end: int | None,
     pad: int,
     max_length: int,
-    views: int = 1,
-) -> tuple[Int[Tensor, "pages L"], Float[Tensor, "pages L"]]:
+) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B L"]]:
     """Return what `cpu_steps.read_greedily` does, on any device, by the decoder's own operations."""
     cache = decoder.start(memory, memory_mask, max_length=max_length)
-    pages = torch.arange(len(memory) // views, device=memory.device)
+    pages = torch.arange(len(memory), device=memory.device)
     written = torch.full((len(pages), max_length - 1), pad, device=memory.device)
     scores = torch.zeros(len(pages), max_length - 1, device=memory.device)
     tokens = torch.full_like(pages, start)
     for step in range(max_length - 1):
-        logits = decoder.step(tokens.repeat_interleave(views), cache).float()
-        logs = logits.unflatten(0, (-1, views)).mean(dim=1).log_softmax(dim=-1)
+        logs = decoder.step(tokens, cache).float().log_softmax(dim=-1)
         scores[pages, step], tokens = logs.max(dim=-1)
         written[pages, step] = tokens
         if end is None:
@@ -185,10 +160,8 @@ def read_greedily_by_cache(
             break
         if len(going) < len(pages):
             pages, tokens = pages[going], tokens[going]
-            every = torch.arange(views, device=memory.device)
-            rows = (going[:, None] * views + every).flatten()
-            cache.keep(rows)
-            cache.take(rows)
+            cache.keep(going)
+            cache.take(going)
     return written, scores
 
 

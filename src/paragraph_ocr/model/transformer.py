@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from paragraph_ocr.model.decoder import Decoder
 from paragraph_ocr.model.encoder import Encoder
-from paragraph_ocr.model.generate import Beam, Greedy, Reading, SpecialTokens, View, generate
+from paragraph_ocr.model.generate import Beam, Greedy, Reading, SpecialTokens, generate
 from paragraph_ocr.model.positions import add_grid_positions
 from paragraph_ocr.model.reader import Letters, Reader, compiled_for, token_loss
+from paragraph_ocr.model.vote import Vote, voted
 
 _NOWHERE = -100
 """Target of a cross-entropy that does not count."""
@@ -139,7 +141,7 @@ class TransformerReader(Reader):
         images: UInt8[Tensor, "B 1 H W"],
         sizes: Int[Tensor, "B 2"] | None = None,
         *,
-        decoding: Greedy | Beam,
+        decoding: Greedy | Beam | Vote,
         max_length: int,
     ) -> list[Reading]:
         """Return a reading of each page (free-running).
@@ -147,53 +149,15 @@ class TransformerReader(Reader):
         Args:
             max_length: tokens at most, start and end included; no more than the decoder's.
         """
-        views = [images]
-        if isinstance(decoding, Greedy) and decoding.views:
-            views, sizes = views_of(images, sizes, decoding.views)
+        each = partial(generate, self.decoder, special=self.special, max_length=max_length)
+        if not isinstance(decoding, Vote):
+            memory = self.encode(images, sizes)
+            return each(memory.states, memory.mask, decoding=decoding)
         # one after another: encoding takes by far the most memory
-        memories = [self.encode(view, sizes) for view in views]
-        mask = memories[0].mask
-        return generate(
-            self.decoder,
-            torch.stack([memory.states for memory in memories], dim=1).flatten(0, 1),
-            None if mask is None else mask.repeat_interleave(len(views), dim=0),
-            special=self.special,
-            decoding=decoding,
-            max_length=max_length,
-        )
-
-
-def views_of(
-    images: UInt8[Tensor, "B 1 H W"],
-    sizes: Int[Tensor, "B 2"] | None,
-    views: Sequence[View],
-) -> tuple[list[UInt8[Tensor, "B 1 H W"]], Int[Tensor, "B 2"] | None]:
-    """Return the pages as each view shows them, and their sizes, which are the same in all views.
-
-    Args:
-        sizes: as in `Encoder.forward`; what lies beyond them does not come into view.
-    """
-    device, canvas = images.device, torch.tensor(images.shape[:1:-1], device=images.device)
-    pages = canvas.expand(len(images), 2) if sizes is None else sizes.flip(1)
-    if sizes is not None:
-        x, y = (torch.arange(side, device=device) for side in canvas.tolist())
-        beyond = (y[:, None] >= pages[:, 1, None, None]) | (x >= pages[:, 0, None, None])
-        images = images.masked_fill(beyond[:, None], 0)
-    middles = pages / canvas - 1  # on the canvas, which is from -1 to 1
-    shown, largest = [], pages
-    for scale, right, down in views:
-        shift = torch.tensor([right, down], device=device)
-        # from places on the view to places on the page
-        begins = middles - (middles + 2 * shift / canvas) / scale
-        linear = torch.eye(2, device=device).expand(len(images), 2, 2) / scale
-        maps = torch.cat([linear, begins[:, :, None]], dim=2)
-        with torch.autocast(device.type, enabled=False):  # bfloat16 knows places to some 2 px
-            grid = F.affine_grid(maps, list(images.shape), align_corners=False)
-            view = F.grid_sample(images.float(), grid, align_corners=False)
-        shown.append(view.round().to(images.dtype))
-        reached = ((1 + scale) / 2 * pages + shift).ceil().long()
-        largest = torch.minimum(largest.maximum(reached), canvas)
-    return shown, None if sizes is None else largest.flip(1)
+        seen = [self.encode(drawn).states for drawn in decoding.drawn(images, sizes)]
+        readings = each(torch.cat(seen), None, decoding=Greedy())
+        most = max_length - 1  # without start
+        return [voted(readings[page :: len(images)], most) for page in range(len(images))]
 
 
 def _summed_cross_entropy(

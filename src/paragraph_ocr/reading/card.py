@@ -41,7 +41,7 @@ def model_card(
         "test/ after rounding to int8, val/ before" if experiment.release else "before rounding"
     )
     views = len(experiment.decoding.views)
-    looks = f"; test/ by {views} views of each page, val/ by one" if views > 1 else ""
+    looks = f"; test/ by the vote of {views} readings of each page, val/ by one" if views else ""
     measured = "\n".join(
         f"| {key} | {value:.4g} |"
         for key, value in sorted(metrics.items())

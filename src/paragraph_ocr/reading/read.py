@@ -27,6 +27,7 @@ from paragraph_ocr.data.parallel import cores
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.model.generate import Beam, Greedy, Reading
 from paragraph_ocr.model.reader import Reader
+from paragraph_ocr.model.vote import Vote
 from paragraph_ocr.reading.checkpoint import find_checkpoint
 from paragraph_ocr.reading.page import Picture, Prepared, prepare, transcribe
 from paragraph_ocr.reading.transcript import Refusal, Transcript
@@ -60,7 +61,7 @@ class Recognizer:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.vocabulary, self.experiment = vocabulary, experiment
-        self.decoding: Greedy | Beam = build_decoding(experiment)
+        self.decoding: Greedy | Beam | Vote = build_decoding(experiment)
         self.max_length = experiment.datamodule.max_length
         self.canvas = (experiment.datamodule.height, experiment.datamodule.width)
         self.normalise = experiment.datamodule.normalise
