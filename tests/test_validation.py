@@ -141,6 +141,8 @@ def test_a_mistake_is_one_line_with_the_remedy(typed, said):
         ("decoding=vote decoding.views=[[3,1,0,0]]", r"decoding.views has \[3, 1, 0, 0\]"),
         ("decoding=vote decoding.views=[[1,1,80,0]]", "a lean of at most 60"),
         ("decoding=vote decoding.views=[1,1,0,0]", "decoding.views has 1,"),
+        ("regularization.calm_after=0.5 trainer.max_epochs=-1", "Pass trainer.max_time"),
+        ("regularization.calm_after=0.5 regularization.augment_on=workers", "augment_on=device"),
         ("tracking.register=notes", "tracking.log_model=true"),
         ("tracking=off tracking.log_model=true", "tracking=mlflow"),
         ("tracking.log_model=true tracking.register=a/b", "letters, digits"),

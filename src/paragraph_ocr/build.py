@@ -140,6 +140,12 @@ def build_learner(experiment: Experiment, recognizer: Reader, vocabulary: Vocabu
         optimizer=optimizer,
         schedule=partial(_schedule, experiment),
         augment=build_augment(experiment).with_letters,
+        calm_augment=(
+            Augment(build_strengths(experiment).times(regularization.calm)).with_letters
+            if regularization.calm_after < 1
+            else None
+        ),
+        calm_after=regularization.calm_after,
         decoding=build_decoding(experiment),
         max_length=pages.max_length,
         max_loss_to_read=experiment.decoding.max_loss,

@@ -204,6 +204,8 @@ class RegularizationConfig:
     guidance: float = 0.0
     ema: float = 0.0
     augment_on: str = "device"
+    calm_after: float = 1.0
+    calm: float = 0.4
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
 

@@ -183,3 +183,34 @@ def test_validation_reads_a_page_once_and_the_test_by_a_vote(monkeypatch):
     learner.read(batch, stage="val")
     assert len(learner.read(batch)) == len(batch)
     assert seen == [Greedy, Vote]
+
+
+@pytest.mark.parametrize(("limit", "calm_from"), [({"max_steps": 6}, 3), ({"max_epochs": 3}, 3)])
+def test_augmentation_is_calmer_once_so_much_of_the_training_is_gone(limit, calm_from, monkeypatch):
+    from paragraph_ocr import build, build_model
+    from paragraph_ocr.data.augment import Augment
+
+    words = [*(f"trainer.{name}={value}" for name, value in limit.items()), "trainer.max_time=null"]
+    experiment = validate(
+        compose(
+            ["model=tiny", "debug=ci", "datamodule=fake", "regularization=standard", *words,
+             "trainer.limit_train_batches=2", "regularization.calm_after=0.5", "regularization.calm=0.25"]
+        )
+    )  # fmt: skip
+    vocabulary = build.build_vocabulary(experiment)
+    recognizer = build_model.build_recognizer(experiment, vocabulary)
+    seen = []
+    augment = Augment.with_letters
+    monkeypatch.setattr(
+        Augment, "with_letters", lambda self, *a: seen.append(self.strengths) or augment(self, *a)
+    )
+    learner = build.build_learner(experiment, recognizer, vocabulary)
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, limit_val_batches=0,
+        enable_progress_bar=False, enable_model_summary=False, limit_train_batches=2, **limit,
+    )  # fmt: skip
+    trainer.fit(learner, datamodule=build.build_pages(experiment, vocabulary))
+    strong, calm = seen[0], seen[-1]
+    assert seen == [strong] * calm_from + [calm] * (6 - calm_from)
+    assert strong.shear_deg == experiment.regularization.augmentation.shear_deg
+    assert calm.shear_deg == 0.25 * strong.shear_deg and calm.noise == 0.25 * strong.noise

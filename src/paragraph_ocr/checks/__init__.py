@@ -63,14 +63,25 @@ def check_combinations(experiment: Experiment) -> None:
 
 
 def _check_schedule(experiment: Experiment) -> None:
-    """Check that a schedule that comes to an end knows when that is."""
+    """Check that what hangs on how far training is knows when that ends."""
     name, trainer = experiment.schedule.name, experiment.trainer
+    calms = experiment.regularization.calm_after < 1
+    if calms and experiment.regularization.augment_on == "workers":
+        raise UserError(
+            f"regularization.calm_after={experiment.regularization.calm_after:g} does nothing where workers "
+            "augment. Pass regularization.augment_on=device."
+        )
     epochs = trainer.max_epochs == -1 or (
         trainer.max_epochs is None and trainer.max_time is not None
     )
-    if trainer.max_steps != -1 or not epochs or name == "constant":
+    if trainer.max_steps != -1 or not epochs or (name == "constant" and not calms):
         return
-    if trainer.max_time is None or name == "one_cycle":
+    if calms and trainer.max_time is None:
+        raise UserError(
+            f"regularization.calm_after={experiment.regularization.calm_after:g} needs to know when training "
+            "ends. Pass trainer.max_time=<limit>."
+        )
+    if name != "constant" and (trainer.max_time is None or name == "one_cycle"):
         limit = "trainer.max_steps" if name == "one_cycle" else "trainer.max_time"
         raise UserError(
             f"schedule={name} needs to know when training ends. Pass {limit}=<limit>, or "

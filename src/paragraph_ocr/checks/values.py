@@ -69,6 +69,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "regularization.token_noise": (0, 0.99),
     "regularization.guidance": (0, 100),
     "regularization.ema": (0, 0.999999),
+    "regularization.calm_after": (0, 1),
+    "regularization.calm": (0, 1),
     "regularization.augmentation.rotation_deg": (0, 45),
     "regularization.augmentation.shear_deg": (0, 60),
     "regularization.augmentation.scale": (0, 0.9),

@@ -74,6 +74,10 @@ class Strengths:
     coarse_px: float = 0.0
     specks: float = 0.0
 
+    def times(self, factor: float) -> "Strengths":
+        """Return them all, each as many times as strong."""
+        return Strengths(**{its.name: factor * getattr(self, its.name) for its in fields(self)})
+
     @property
     def move(self) -> bool:
         """Whether any of them moves ink from its place."""

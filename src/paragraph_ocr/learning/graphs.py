@@ -80,6 +80,8 @@ class RecordedLoss:
 
     def forget(self) -> None:
         """Give back the memory of what was recorded; where weights move, it must be recorded anew."""
+        if self._recordings:
+            torch.cuda.synchronize()  # one may still be replayed
         self._seen.clear()
         self._recordings.clear()
         self._pool = None

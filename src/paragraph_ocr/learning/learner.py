@@ -52,6 +52,7 @@ class Learner(pl.LightningModule):
         schedule: makes the learning-rate schedule from the optimizer, the number of its steps, and what
             returns the share of the training's time that is gone; either is None without such a limit.
         augment: pages, places of letters (or None) and sizes (or None) to other pages and places.
+        calm_augment: takes its place once the share `calm_after` of the training is gone; None never.
         decoding: how validation and test read; see `Reader.read`.
         max_length: tokens that a reading may have.
         guidance: weight of what `Reader.teach` says of letters, where a batch knows their places.
@@ -74,6 +75,8 @@ class Learner(pl.LightningModule):
         optimizer: torch.optim.Optimizer,
         schedule: Callable[[torch.optim.Optimizer, int | None, Callable[[], float] | None], Any],
         augment: Callable[..., tuple[Tensor, Tensor | None]],
+        calm_augment: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
+        calm_after: float = 1.0,
         decoding: Any,
         max_length: int,
         max_loss_to_read: float | None,
@@ -104,12 +107,13 @@ class Learner(pl.LightningModule):
         self.optimizer, self._schedule = optimizer, schedule
         # plain attributes: the compiled module must not add its weights a second time
         self._teach: Callable[..., tuple[Tensor, Tensor | None]] = recognizer.teach
-        self._augmented: Callable[..., tuple[Tensor, Tensor | None]] = augment
+        self._augmented, self._calm_augment = augment, calm_augment
+        self.calm_after = calm_after
         if compile:
+            compiled = torch.compile if canvas is None else partial(compiled_for, canvas)
             self._teach = recognizer.compiled(canvas=canvas)
-            self._augmented = (
-                torch.compile(augment) if canvas is None else compiled_for(canvas, augment)
-            )
+            self._augmented = compiled(augment)
+            self._calm_augment = None if calm_augment is None else compiled(calm_augment)
         self._training_loss: Callable[..., tuple[Tensor, Tensor]] = (
             RecordedLoss(self._loss, recognizer, pad=vocabulary.pad, longest=max_length)
             if cuda_graphs
@@ -150,6 +154,19 @@ class Learner(pl.LightningModule):
         """Forget recorded steps: Lightning takes the weights off the GPU."""
         if isinstance(self._training_loss, RecordedLoss):
             self._training_loss.forget()
+
+    def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
+        """Augment less towards the end, so that the last steps are on pages as they are read."""
+        if self._calm_augment is not None and self._share_gone() >= self.calm_after:
+            self._augmented, self._calm_augment = self._calm_augment, None
+            if isinstance(self._training_loss, RecordedLoss):
+                self._training_loss.forget()
+
+    def _share_gone(self) -> float:
+        """Return how much of the training is, by its steps or its time, whichever is further."""
+        steps, time_share = self.trainer.estimated_stepping_batches, _time_share(self.trainer)
+        by_steps = self.trainer.global_step / steps if math.isfinite(steps) else 0.0
+        return by_steps if time_share is None else max(by_steps, time_share())
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, TrainingSums]:
         """Return the cost of a training batch, augmented, summed over its tokens, and what it is made of."""
