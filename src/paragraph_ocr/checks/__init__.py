@@ -12,6 +12,7 @@ from paragraph_ocr.config import (
     GeneratedData,
     LineCnnModel,
     TrackingConfig,
+    TrainerConfig,
     TransformerModel,
     VocabularyConfig,
 )
@@ -46,6 +47,7 @@ def check_together(experiment: Experiment) -> None:
             f"Pass trainer.overfit_batches={int(trainer.overfit_batches)} for that many batches."
         )
     _check_schedule(experiment)
+    _check_calm(experiment)
     check_data(experiment)
 
 
@@ -63,30 +65,36 @@ def check_combinations(experiment: Experiment) -> None:
 
 
 def _check_schedule(experiment: Experiment) -> None:
-    """Check that what hangs on how far training is knows when that ends."""
+    """Check that a schedule that comes to an end knows when that is."""
     name, trainer = experiment.schedule.name, experiment.trainer
-    calms = experiment.regularization.calm_after < 1
-    if calms and experiment.regularization.augment_on == "workers":
-        raise UserError(
-            f"regularization.calm_after={experiment.regularization.calm_after:g} does nothing where workers "
-            "augment. Pass regularization.augment_on=device."
-        )
-    epochs = trainer.max_epochs == -1 or (
-        trainer.max_epochs is None and trainer.max_time is not None
-    )
-    if trainer.max_steps != -1 or not epochs or (name == "constant" and not calms):
+    if _counts_steps(trainer) or name == "constant":
         return
-    if calms and trainer.max_time is None:
-        raise UserError(
-            f"regularization.calm_after={experiment.regularization.calm_after:g} needs to know when training "
-            "ends. Pass trainer.max_time=<limit>."
-        )
-    if name != "constant" and (trainer.max_time is None or name == "one_cycle"):
+    if trainer.max_time is None or name == "one_cycle":
         limit = "trainer.max_steps" if name == "one_cycle" else "trainer.max_time"
         raise UserError(
             f"schedule={name} needs to know when training ends. Pass {limit}=<limit>, or "
             "schedule=constant."
         )
+
+
+def _counts_steps(trainer: TrainerConfig) -> bool:
+    """Return whether training ends after so many steps or epochs, whatever its time."""
+    if trainer.max_steps != -1:
+        return True
+    return trainer.max_epochs != -1 and (trainer.max_epochs is not None or trainer.max_time is None)
+
+
+def _check_calm(experiment: Experiment) -> None:
+    """Check that augmentation that is to be calmer is the learner's, and that it can know when."""
+    after = f"regularization.calm_after={experiment.regularization.calm_after:g}"
+    if experiment.regularization.calm_after == 1:
+        return
+    if experiment.regularization.augment_on == "workers":
+        raise UserError(
+            f"{after} does nothing where workers augment. Pass regularization.augment_on=device."
+        )
+    if not _counts_steps(experiment.trainer) and experiment.trainer.max_time is None:
+        raise UserError(f"{after} needs to know when training ends. Pass trainer.max_time=<limit>.")
 
 
 def _check_tracking(tracking: TrackingConfig) -> None:

@@ -157,12 +157,12 @@ class Learner(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
         """Augment less towards the end, so that the last steps are on pages as they are read."""
-        if self._calm_augment is not None and self._share_gone() >= self.calm_after:
+        if self._calm_augment is not None and self._progress() >= self.calm_after:
             self._augmented, self._calm_augment = self._calm_augment, None
             if isinstance(self._training_loss, RecordedLoss):
                 self._training_loss.forget()
 
-    def _share_gone(self) -> float:
+    def _progress(self) -> float:
         """Return how much of the training is, by its steps or its time, whichever is further."""
         steps, time_share = self.trainer.estimated_stepping_batches, _time_share(self.trainer)
         by_steps = self.trainer.global_step / steps if math.isfinite(steps) else 0.0
