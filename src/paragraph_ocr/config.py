@@ -107,6 +107,10 @@ class RenderedData(GeneratedData):
     uneven_lines: float = 0.0
     mixed_faces: float = 0.0
     stretch: float = 0.0
+    reach: float = 0.0
+    spread: float = 0.0
+    lean_deg: float = 0.0
+    line_slope_deg: float = 0.0
 
 
 @dataclass

@@ -61,6 +61,10 @@ def test_every_field_that_changes_the_paragraphs_changes_the_path(few_notes, noi
         "uneven_lines": 0.5,
         "mixed_faces": 0.5,
         "stretch": 0.2,
+        "reach": 0.2,
+        "spread": 0.2,
+        "lean_deg": 20.0,
+        "line_slope_deg": 1.0,
     }
     for corpus in (few_notes, noise):
         prints = [corpus.fingerprint()]

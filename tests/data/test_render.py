@@ -32,13 +32,14 @@ CARELESS = {"jitter": 1.0, "pressure": 0.5}
 OLD = {"jitter": 0.5, "joined": 1.0, "word_slant_deg": 5.0, "baseline_wave": 0.5}
 LETTER = {**CARELESS, "uneven_lines": 1.0}
 WIDE = {**OLD, "stretch": 0.4}
+LOOSE = {"reach": 0.4, "spread": 0.3, "lean_deg": 40.0, "line_slope_deg": 2.0}
 MISTAKEN = {**CARELESS, **OLD, "joined": 0.5, "crossed_out": 1.0}
 
 
 @pytest.fixture(scope="module")
 def drawn(notes, faces):
     """For each canvas: words and drawing, every face several times, short and long, in several hands."""
-    hands = [{}, CARELESS, OLD, {}, LETTER, WIDE, LETTER]
+    hands = [{}, CARELESS, OLD, {}, LETTER, WIDE, {**LETTER, **WIDE, **LOOSE}]
     drawn = draw_all(notes, faces, hands)
     mixed = [drawn_mix(face, faces, notes.characters, np.random.default_rng(7)) for face in faces]
     for name, more in draw_all(notes, mixed, hands).items():
@@ -49,7 +50,7 @@ def drawn(notes, faces):
 @pytest.fixture(scope="module")
 def mistaken(notes, faces):
     """The same by hands that cross out words."""
-    return draw_all(notes, faces, [MISTAKEN] * 3)
+    return draw_all(notes, faces, [MISTAKEN, {**MISTAKEN, **LOOSE}, MISTAKEN])
 
 
 def draw_all(notes, faces, hands):
@@ -394,3 +395,65 @@ def test_stretched_letters_are_wider_or_narrower_and_as_high(faces):
     logarithms = np.log(stretched / plain)
     assert logarithms.std() == pytest.approx(0.3, rel=0.4)
     assert logarithms.min() < -0.15 and logarithms.max() > 0.15
+
+
+def words_of(face, *, seed, text="nnnnnnnn", lines=1, **hand):
+    """Return the drawing of lines of one word each, upright and level but for what is asked for."""
+    return render(
+        [text] * lines, face, height=600, width=1200, min_lines=lines, max_lines=lines,
+        generator=np.random.default_rng(seed), **hand,
+    )  # fmt: skip
+
+
+def test_letters_reach_farther_up_and_down_and_an_x_stays_as_it_is(faces):
+    def heights(reach, seed):
+        boxes = words_of(faces[2], seed=seed, text="xlp", reach=reach).letters
+        return np.array([-boxes[1, 1] + boxes[0, 3], boxes[2, 3] - boxes[0, 3]]) / (
+            boxes[0, 3] - boxes[0, 1]
+        )
+
+    ratios = np.array([heights(0.5, seed) / heights(0.0, seed) for seed in range(16)])
+    assert ratios.min() > 0.9  # never less, to a pixel
+    assert ratios.mean() > 1.2
+
+
+def test_letters_that_stand_apart_are_joined_as_far_as_the_hand_goes(faces):
+    def gaps(spread, seed):
+        drawing = words_of(faces[0], seed=seed, spread=spread)
+        middles = drawing.letters[:8, [0, 2]].mean(axis=1)
+        return np.diff(middles).mean() / (drawing.letters[0, 3] - drawing.letters[0, 1])
+
+    wider = np.array([gaps(0.6, seed) / gaps(0.0, seed) for seed in range(32)])
+    assert 0.3 < (wider > 1.03).mean() < 0.7  # half of the hands
+    assert wider.max() > 1.3
+    apart = words_of(faces[0], seed=int(wider.argmax()), spread=0.6)
+    count, _ = cv2.connectedComponents((apart.image > 0).astype(np.uint8))
+    assert count - 1 < 4  # eight letters of a word hang together
+
+
+def test_half_of_the_hands_lean_farther_to_the_right(faces):
+    def lean(lean_deg, seed):
+        box = words_of(faces[2], seed=seed, text="l", lean_deg=lean_deg).boxes[0]
+        ink = words_of(faces[2], seed=seed, text="l", lean_deg=lean_deg).image
+        rows, columns = np.nonzero(ink)
+        slope = np.polyfit(rows, columns, 1)[0]
+        assert box[3] - box[1] > 20
+        return -np.degrees(np.arctan(slope))
+
+    more = np.array([lean(40.0, seed) - lean(0.0, seed) for seed in range(32)])
+    assert more.min() > -1.5 and more.max() < 42
+    assert 0.3 < (more > 2).mean() < 0.7
+
+
+def test_lines_slope_by_so_much_and_each_a_little_otherwise(faces):
+    def slopes(deviation, seed):
+        drawing = words_of(
+            faces[2], seed=seed, text="xxxxxxxxxxxxxxxx", lines=3, line_slope_deg=deviation
+        )
+        lines = drawing.letters.reshape(3, 16, 4)
+        fits = [np.polyfit(line[:, 0], line[:, 3], 1)[0] for line in lines]
+        return np.degrees(np.arctan(fits))
+
+    sloping = np.array([slopes(2.0, seed) - slopes(0.0, seed) for seed in range(40)])
+    assert sloping[:, 0].std() == pytest.approx(2.0, rel=0.4)
+    assert np.ptp(sloping, axis=1).mean() > 0.4

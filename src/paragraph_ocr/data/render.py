@@ -18,11 +18,11 @@ import cv2
 import numpy as np
 
 from paragraph_ocr.data import strokes
-from paragraph_ocr.data.fonts import Face, drawn_size
+from paragraph_ocr.data.fonts import Face, Glyphs, Reaching, drawn_size
 from paragraph_ocr.data.mixed_face import MixedFace, MixedMeasures
 from paragraph_ocr.data.strokes import ENTERS, LEAVES, Measures
 
-RENDERER_VERSION = 9
+RENDERER_VERSION = 10
 """Part of every rendered store's fingerprint: raise it whenever the same arguments draw otherwise, or a store
 keeps more of what is drawn."""
 
@@ -99,6 +99,13 @@ class Hand(NamedTuple):
     baseline_wave: float
     stretch: float
     """By how much letters are wider than the face's."""
+    reach: float
+    """By how much letters reach farther above the height of x and below the line than the face's."""
+    spread_px: float
+    """By which letters stand farther apart than the face's."""
+    slopes: "Slopes"
+    sets: dict[int, Glyphs]
+    """Letters of the hand's own made so far, by size."""
 
     @property
     def measures(self) -> Measures | MixedMeasures:
@@ -106,10 +113,43 @@ class Hand(NamedTuple):
             return self.face.measures
         return strokes.measures(self.face, self.weight)
 
+    def glyphs(self, size_px: int) -> Glyphs:
+        """Return the letters that it writes, at a size of its face."""
+        if self.reach == 1:
+            return self.face.glyphs(size_px, self.weight)
+        if size_px not in self.sets:
+            letters = self.face.glyphs(size_px, self.weight)
+            x_height_px = round(self.measures.x_height * size_px)
+            self.sets[size_px] = Reaching(letters, x_height_px, self.reach)
+        return self.sets[size_px]
+
     @property
     def pen_px(self) -> float:
         """Breadth of the strokes that are added: lightly, so a little less than the face's own."""
         return 0.85 * self.measures.pen * self.size_px
+
+
+class Slopes(NamedTuple):
+    """How far a paragraph's lines are from level. Slopes are tangents, down where positive."""
+
+    first: float
+    """Of the first line."""
+    more: float
+    """By which each line falls more than the one before."""
+    uneven: float
+    """Standard deviation of each line's own."""
+    bend: float
+    """By which a line falls more at its end than in its middle."""
+    width_px: float
+    """Of a full line."""
+
+    def falls(self, place: int, xs: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Return how far the line at this place has fallen at some places along it, in pixels."""
+        slope = self.first + place * self.more + self.uneven * generator.normal()
+        return xs * (slope + self.bend * (xs / self.width_px - 1))
+
+
+_LEVEL = Slopes(0, 0, 0, 0, 1)
 
 
 class Line(NamedTuple):
@@ -148,6 +188,10 @@ def render(
     baseline_wave: float = 0.0,
     uneven_lines: float = 0.0,
     stretch: float = 0.0,
+    reach: float = 0.0,
+    spread: float = 0.0,
+    lean_deg: float = 0.0,
+    line_slope_deg: float = 0.0,
     generator: np.random.Generator,
 ) -> Drawing:
     """Return the words as one paragraph on a canvas of the given size in pixels, all ink inside.
@@ -168,20 +212,29 @@ def render(
         uneven_lines: share of paragraphs that are set as letters are: lines farther apart, at uneven
             distances, some of them short and standing anywhere; as far as the text leaves room for it.
         stretch: standard deviation of the logarithm of how much wider a hand's letters are than its face's.
+        reach: the same of how much farther they reach above the height of x and below the line; never less.
+        spread: most em by which letters stand farther apart, and are all joined. Half of the hands have none.
+        lean_deg: most by which a hand leans farther to the right; half of them do not.
+        line_slope_deg: standard deviation of the first line's slope, and of how much more the last one
+            falls; a third of it for each line besides.
     """
     uniform = generator.uniform
     extra = generator
-    if joined or word_slant_deg or crossed_out or baseline_wave or uneven_lines or stretch:
+    if any((joined, word_slant_deg, crossed_out, baseline_wave, uneven_lines, stretch,
+            reach, spread, lean_deg, line_slope_deg)):  # fmt: skip
         (extra,) = generator.spawn(1)  # what it draws moves nothing else
     usual = spacing = uniform(0.85, 1.3) * face.height  # em from line to line
     stretched = math.exp(stretch * extra.normal(0, 1, size=1).clip(-2, 2)[0]) if stretch else 1.0
-    advances = stretched * np.array([face.width(word) for word in words])
-    space = max(0.25, face.width(" ")) * uniform(0.9, 1.6)
+    reaching = math.exp(reach * min(2, abs(extra.normal()))) if reach else 1.0
+    usual, spacing = usual * math.sqrt(reaching), spacing * math.sqrt(reaching)
+    apart = spread * max(0.0, extra.uniform(-1, 1)) if spread else 0.0
+    advances = np.array([stretched * face.width(word) + apart * len(word) for word in words])
+    space = max(1.0, stretched) * max(0.25, face.width(" ")) * uniform(0.9, 1.6) + apart
     indent = uniform(0.5, 2.5) if generator.random() < 0.25 else 0.0
 
     struck = _mistakes(words, extra) if crossed_out and extra.random() < crossed_out else {}
     for place, mistake in struck.items():
-        advances[place] += stretched * face.width(mistake) + space
+        advances[place] += stretched * face.width(mistake) + apart * len(mistake) + space
     margins = np.array([width, height]) * uniform(0.01, 0.05, size=2)
     inner = np.array([width, height]) - 2 * margins
     total = advances.sum() + space * len(words)
@@ -221,20 +274,25 @@ def render(
     )
     size_px = max(SMALLEST_PX, round(size))
     weight = face.drawn_weight(generator)
-    slant = math.tan(math.radians(generator.normal(3, 6)))
+    lean = generator.normal(3, 6) + (lean_deg * max(0.0, extra.uniform(-1, 1)) if lean_deg else 0)
+    slant = math.tan(math.radians(lean))
+    slopes = _LEVEL
+    if line_slope_deg:
+        slopes = _slopes(math.radians(line_slope_deg), len(lines), line_em * size_px, extra)
     hand = Hand(
-        face, weight, size_px, space * size_px, _pairs_joined(joined, extra), jitter,
-        word_slant_deg, baseline_wave, stretched,
+        face, weight, size_px, space * size_px, _pairs_joined(joined, extra) if not apart else 1.0,
+        jitter, word_slant_deg, baseline_wave, stretched, reaching, apart * size_px, slopes, {},
     )  # fmt: skip
     set_lines = [
         _set_line(
             words[a:b],
             {place - a: mistake for place, mistake in struck.items() if a <= place < b},
             hand,
+            place=place,
             generator=generator,
             extra=extra,
         )
-        for a, b in ends
+        for place, (a, b) in enumerate(ends)
     ]
     lefts = generator.normal(0, 0.15 * size_px, size=len(lines))
     lefts[0] += indent * size_px
@@ -327,11 +385,19 @@ def _pairs_joined(joined: float, generator: np.random.Generator) -> float:
     return float(generator.beta(joined, 1 - joined))
 
 
+def _slopes(
+    deviation: float, num_lines: int, width_px: float, generator: np.random.Generator
+) -> Slopes:
+    first, more, bend = deviation * generator.normal(size=3).clip(-2, 2) * (1, 1, 0.5)
+    return Slopes(first, more / num_lines, deviation / 3, bend, width_px)
+
+
 def _set_line(
     words: Sequence[str],
     struck: Mapping[int, str],
     hand: Hand,
     *,
+    place: int,
     generator: np.random.Generator,
     extra: np.random.Generator,
 ) -> Line:
@@ -339,6 +405,7 @@ def _set_line(
 
     Args:
         struck: words to be crossed out, by the places of the words that are written after them.
+        place: of the line in its paragraph, from 0.
         extra: draws all that is not letters and their places.
     """
     words, mistakes = _written(words, struck)
@@ -350,7 +417,7 @@ def _set_line(
     varied = hand.jitter or hand.word_slant_deg or hand.stretch != 1
     # letters that are warped need not be shrunk before
     drawn = np.array([*map(drawn_size, sizes.tolist())]) if varied else sizes
-    sets = [hand.face.glyphs(size, hand.weight) for size in drawn.tolist()]
+    sets = [hand.glyphs(size) for size in drawn.tolist()]
     letters = [
         glyphs[character] for word, glyphs in zip(words, sets, strict=True) for character in word
     ]
@@ -371,12 +438,14 @@ def _set_line(
         inks, boxes, advances, ends = _varied(
             inks, boxes, advances, ends, scales, np.repeat(leans, lengths), hand, generator
         )
-    steps = advances.copy()
+    steps = advances + hand.spread_px
     steps[np.cumsum(lengths) - 1] += gaps
     pens = np.rint(np.cumsum(steps) - steps)
     baselines = np.repeat(shifts, lengths)
     if hand.baseline_wave:
         baselines += hand.baseline_wave * size_px * _wave(pens / size_px, extra)
+    if hand.slopes is not _LEVEL:
+        baselines += hand.slopes.falls(place, pens, extra)
     moved = np.stack([pens, np.rint(baselines)] * 2, axis=1).astype(int)
     boxes = boxes + moved
     line = Line(inks, boxes, boxes, [], [])

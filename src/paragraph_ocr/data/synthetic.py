@@ -55,6 +55,14 @@ class SyntheticCorpus(GeneratedCorpus):
     """Share of training paragraphs of which some letters are those of another face."""
     stretch: float = 0.0
     """Standard deviation of the logarithm of how much wider letters are than their face's, in training."""
+    reach: float = 0.0
+    """The same of how much farther they reach above the height of x and below the line; never less."""
+    spread: float = 0.0
+    """Most em by which letters stand farther apart and are joined, on half of the training paragraphs."""
+    lean_deg: float = 0.0
+    """Most by which half of the hands lean farther to the right, in training."""
+    line_slope_deg: float = 0.0
+    """Standard deviation of how far lines are from level, in training."""
 
     def fingerprint(self) -> str:
         identity = {
@@ -83,13 +91,21 @@ class SyntheticCorpus(GeneratedCorpus):
             test_random_share=self.test_random_share,
         )
 
+        # validation and test are to tell of faces as they are
+        trained = {
+            "stretch": self.stretch,
+            "reach": self.reach,
+            "spread": self.spread,
+            "lean_deg": self.lean_deg,
+            "line_slope_deg": self.line_slope_deg,
+        }
+
         def make(generator: np.random.Generator, split: str) -> Paragraph:
             words = self._words(passages.draw, generator, split)
             faces = faces_of[split]
             own = faces[generator.integers(len(faces))]
             face: Face | MixedFace = own
-            training = split == "train"  # validation and test are to tell of faces as they are
-            if training and self.mixed_faces:
+            if split == "train" and self.mixed_faces:
                 (extra,) = generator.spawn(1)
                 if extra.random() < self.mixed_faces:
                     face = drawn_mix(own, faces, self.characters, extra)
@@ -107,8 +123,8 @@ class SyntheticCorpus(GeneratedCorpus):
                 crossed_out=self.crossed_out,
                 baseline_wave=self.baseline_wave,
                 uneven_lines=self.uneven_lines,
-                stretch=self.stretch if training else 0.0,
                 generator=generator,
+                **(trained if split == "train" else {}),
             )
             middles = (drawing.letters[:, :2] + drawing.letters[:, 2:]) // 2
             return Paragraph(drawing.image, drawing.text, split, face.name, face.name, middles)
