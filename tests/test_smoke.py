@@ -77,7 +77,7 @@ def check_that_images_alone_decide_the_reading(outputs: Path) -> None:
 
     def read(images: torch.Tensor) -> list[str]:
         readings = recognizer.read(
-            images, decoding=build_model.build_decoding(experiment), max_length=256
+            images, decoding=build_model.build_decoding(experiment, vocabulary), max_length=256
         )
         return [vocabulary.decode(reading.tokens) for reading in readings]
 

@@ -146,7 +146,7 @@ def build_learner(experiment: Experiment, recognizer: Reader, vocabulary: Vocabu
             else None
         ),
         calm_after=regularization.calm_after,
-        decoding=build_decoding(experiment),
+        decoding=build_decoding(experiment, vocabulary),
         max_length=pages.max_length,
         max_loss_to_read=experiment.decoding.max_loss,
         label_smoothing=regularization.label_smoothing,

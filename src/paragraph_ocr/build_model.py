@@ -23,6 +23,7 @@ from paragraph_ocr.errors import UserError
 from paragraph_ocr.model.decoder import Decoder
 from paragraph_ocr.model.encoder import Encoder
 from paragraph_ocr.model.generate import Beam, Greedy, SpecialTokens
+from paragraph_ocr.model.lexicon import lexicon
 from paragraph_ocr.model.line_cnn import LineCnn
 from paragraph_ocr.model.reader import Reader
 from paragraph_ocr.model.transformer import TransformerReader
@@ -184,12 +185,20 @@ def load_weights(recognizer: Reader, path: Path) -> None:
         ) from error
 
 
-def build_decoding(experiment: Experiment) -> Greedy | Beam | Vote:
+def build_decoding(experiment: Experiment, vocabulary: Vocabulary) -> Greedy | Beam | Vote:
+    """Return how a model with this vocabulary reads.
+
+    Raises:
+        UserError: decoding.lexicon is no language that pyspellchecker has.
+    """
     decoding = experiment.decoding
     if decoding.name == "beam":
         return Beam(width=decoding.beam_width, length_penalty=decoding.length_penalty)
     if decoding.name == "vote":
         data = experiment.datamodule
         views = tuple(View(*map(float, view)) for view in decoding.views)
-        return Vote(views, canvas=(data.height, data.width))
+        words = None
+        if decoding.lexicon is not None:
+            words = lexicon(decoding.lexicon, vocabulary.tokens)
+        return Vote(views, (data.height, data.width), enough=decoding.enough, lexicon=words)
     return Greedy()

@@ -227,7 +227,7 @@ def _model(named: str, options: Options, overrides: Sequence[str]) -> _Model:
         words = [*(f"datamodule.{key}={value}" for key, value in own.items()), *words]
     experiment = overridden(stored, words)
     recognizer = Recognizer.load(checkpoint.weights, device=options.device)
-    recognizer.decoding = build.build_decoding(experiment)
+    recognizer.decoding = build.build_decoding(experiment, recognizer.vocabulary)
     characters = build.writable(stored, recognizer.vocabulary)
     corpus = build.build_corpus(experiment.datamodule, characters, seed=experiment.seed)
     root = Path(experiment.outputs) / "data"
@@ -306,7 +306,8 @@ def _about(model: _Model, other: _Model | None, options: Options) -> dict[str, s
         "canvas": f"{data.height}x{data.width} px" + (", normalised" if data.normalise else ""),
         "decoding": decoding.name
         + (f", {decoding.beam_width} beams" if decoding.name == "beam" else "")
-        + (f" of {len(decoding.views)} readings" if decoding.views else ""),
+        + (f" of {len(decoding.views)} readings" if decoding.views else "")
+        + (f", words of {decoding.lexicon}" if decoding.lexicon else ""),
         "store": model.store.path.name,
     }
     if other is not None:

@@ -44,7 +44,7 @@ _SIGNATURE = ModelSignature(
 )
 _NEEDED = (
     *("torch", "timm", "safetensors", "numpy", "numba", "pillow", "opencv-python-headless"),
-    *("omegaconf", "pyyaml", "jaxtyping", "mlflow-skinny", "pandas"),
+    *("omegaconf", "pyyaml", "jaxtyping", "mlflow-skinny", "pandas", "rapidfuzz", "pyspellchecker"),
 )
 """Packages that the served code imports."""
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rapidfuzz.distance import Levenshtein
 
-from paragraph_ocr.model.generate import Greedy, Reading
+from paragraph_ocr.model.generate import Greedy, Reading, generate
 from paragraph_ocr.model.vote import View, Vote, voted
 
 AS_IT_IS = View(1, 1, 0, 0)
@@ -102,8 +103,6 @@ def test_the_vote_of_readers_that_err_independently_errs_less_than_any():
             elif error >= 0.09:  # else left out
                 kept.append(character)
         return "".join(kept)
-
-    from rapidfuzz.distance import Levenshtein
 
     texts = [misread() for _ in range(5)]
     least = min(Levenshtein.distance(text, truth) for text in texts)
@@ -200,3 +199,60 @@ def test_a_page_is_read_as_its_views_are_alone(make_recognizer, pages):
         assert found[page].confidences == pytest.approx(expected.confidences, abs=1e-5)
     pairs = itertools.combinations([[r.confidences for r in its] for its in alone], 2)
     assert all(one != other for one, other in pairs), "views should be read otherwise"
+
+
+@pytest.mark.parametrize("enough", [1.0, 1e-9])
+def test_where_the_first_two_agree_no_other_view_is_read(make_recognizer, pages, enough):
+    recognizer = make_recognizer()
+    canvas = tuple(pages.shape[2:])
+    views = (View(1, 1, 6, 0), View(1.15, 1, -12, 0), View(0.9, 1.1, 0, 1), View(1, 1, 0, 2))
+    vote = Vote(views, canvas, enough=enough)
+    found = recognizer.read(pages, decoding=vote, max_length=20)
+    needed = views[:2] if enough == 1 else views
+    expected = recognizer.read(pages, decoding=Vote(needed, canvas), max_length=20)
+    assert [its.tokens for its in found] == [its.tokens for its in expected]
+
+
+def test_each_page_needs_as_many_readings_as_it_would_alone(make_recognizer, pages):
+    recognizer = make_recognizer()
+    canvas = tuple(pages.shape[2:])
+    views = (View(1, 1, 6, 0), View(1.1, 1, -12, 0), View(0.9, 1.1, 0, 1))
+    first = next(iter(Vote(views[:1], canvas).drawn(pages, None)))
+    sureness = [
+        its.log_probability for its in recognizer.read(first, decoding=Greedy(), max_length=20)
+    ]
+    between = (min(sureness) + max(sureness)) / 2
+
+    class Choosy(Vote):
+        def agreed(self, readings):
+            return readings[0].log_probability > between
+
+    vote = Choosy(views, canvas, enough=0.1)
+    seen = []
+    read = recognizer._views_read(
+        pages,
+        None,
+        vote,
+        lambda m, mask, decoding: seen.append(len(m)) or recognizer_reads(recognizer, m),
+    )
+    assert [len(its) for its in read] == [2 if its > between else 3 for its in sureness]
+    assert {*map(len, read)} == {2, 3}
+    assert sum(seen) == sum(map(len, read))
+    for page in range(len(pages)):
+        (alone,) = recognizer.read(pages[page : page + 1], decoding=vote, max_length=20)
+        assert vote.chosen(read[page], 19).tokens == alone.tokens
+
+
+def recognizer_reads(recognizer, memory):
+    return generate(
+        recognizer.decoder,
+        memory,
+        None,
+        special=recognizer.special,
+        decoding=Greedy(),
+        max_length=20,
+    )
+
+
+def test_one_view_is_read_once():
+    assert Vote((AS_IT_IS,), (40, 60), enough=0.1).agreed([reading("cat")])

@@ -75,7 +75,7 @@ def test_a_model_says_how_it_reads_unless_the_words_do(
     for name in ("greedy", "beam", "vote"):
         chosen = overridden(recognizer.experiment, [f"decoding={name}"])
         other = copy.copy(recognizer)
-        other.decoding = build_decoding(chosen)
+        other.decoding = build_decoding(chosen, recognizer.vocabulary)
         assert name == "greedy" or other.decoding != recognizer.decoding
         words = [f"checkpoint={run_folder}", f"image={path}", "device=cpu", f"decoding={name}"]
         assert read(*words, "write=json", f"into={name}") == 0

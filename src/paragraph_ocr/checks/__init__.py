@@ -138,6 +138,11 @@ def _check_decoding(decoding: DecodingConfig) -> None:
             f"decoding.views={decoding.views} does not go with decoding.name={decoding.name}. "
             f"Pass decoding={'vote' if decoding.views else 'greedy'}."
         )
+    for key, value in (("enough", decoding.enough), ("lexicon", decoding.lexicon)):
+        if value and decoding.name != "vote":
+            raise UserError(
+                f"decoding.{key}={value} does nothing in decoding={decoding.name}. Pass decoding=vote."
+            )
     for view in decoding.views:
         numbers = isinstance(view, list) and all(isinstance(part, int | float) for part in view)
         if (

@@ -14,7 +14,7 @@ from paragraph_ocr.model.encoder import Encoder
 from paragraph_ocr.model.generate import Beam, Greedy, Reading, SpecialTokens, generate
 from paragraph_ocr.model.positions import add_grid_positions
 from paragraph_ocr.model.reader import Letters, Reader, compiled_for, token_loss
-from paragraph_ocr.model.vote import Vote, voted
+from paragraph_ocr.model.vote import Vote
 
 _NOWHERE = -100
 """Target of a cross-entropy that does not count."""
@@ -153,11 +153,34 @@ class TransformerReader(Reader):
         if not isinstance(decoding, Vote):
             memory = self.encode(images, sizes)
             return each(memory.states, memory.mask, decoding=decoding)
-        # one after another: encoding takes by far the most memory
-        seen = [self.encode(drawn).states for drawn in decoding.drawn(images, sizes)]
-        readings = each(torch.cat(seen), None, decoding=Greedy())
         most = max_length - 1  # without start
-        return [voted(readings[page :: len(images)], most) for page in range(len(images))]
+        return [
+            decoding.chosen(its, most) for its in self._views_read(images, sizes, decoding, each)
+        ]
+
+    def _views_read(
+        self,
+        images: UInt8[Tensor, "B 1 H W"],
+        sizes: Int[Tensor, "B 2"] | None,
+        vote: Vote,
+        each: Callable[..., list[Reading]],
+    ) -> list[list[Reading]]:
+        """Return of each page as many readings as it needs."""
+        readings: list[list[Reading]] = [[] for _ in images]
+        going = torch.arange(len(images))
+        for views in vote.rounds:
+            # a GPU plans its convolutions anew for each number of pages: it reads what nobody needs
+            read = torch.arange(len(images)) if images.is_cuda else going
+            pages, their = images[read], None if sizes is None else sizes[read]
+            # one after another: encoding takes by far the most memory
+            seen = [self.encode(drawn).states for drawn in vote.drawn(pages, their, views)]
+            found = each(torch.cat(seen), None, decoding=Greedy())
+            for page in going.tolist():
+                readings[page] += found[int((read == page).nonzero()) :: len(read)]
+            going = going[[not vote.agreed(readings[page]) for page in going.tolist()]]
+            if not len(going):
+                break
+        return readings
 
 
 def _summed_cross_entropy(

@@ -2,6 +2,7 @@
 
 A model reads a page otherwise when it is leant, turned or stretched a little, and errs in other places. The
 readings are aligned and vote for each character: recogniser output voting error reduction (Fiscus 1997).
+Where the first two agree no more are needed, and where a word is none they tell what was meant.
 """
 
 import math
@@ -17,6 +18,7 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
 from paragraph_ocr.model.generate import Reading
+from paragraph_ocr.model.lexicon import Lexicon
 
 _INK = 64  # grey level from which a pixel counts as ink
 _MARGIN, _LEAST_MARGIN = 0.03, 0.01  # shares of the canvas: where there is room, and anyway
@@ -57,14 +59,41 @@ class Vote:
     views: tuple[View, ...]
     canvas: tuple[int, int]
     """Height and width that views are drawn on, in pixels."""
+    enough: float = 0.0
+    """Share of the characters in which the first two readings may differ for a page to need no others."""
+    lexicon: Lexicon | None = None
+
+    @property
+    def rounds(self) -> list[tuple[View, ...]]:
+        """The views that are read first, and those that are read where these do not agree."""
+        parts = (self.views[:2], self.views[2:]) if self.enough else (self.views,)
+        return [views for views in parts if views]
+
+    def agreed(self, readings: Sequence[Reading]) -> bool:
+        """Return whether a page's first two readings are near enough to each other."""
+        if len(readings) == 1:
+            return True
+        first, second = (reading.tokens for reading in readings[:2])
+        return Levenshtein.distance(first, second) <= self.enough * max(len(first), len(second))
+
+    def chosen(self, readings: Sequence[Reading], most: int) -> Reading:
+        """Return what a page's readings come to; most tokens as in `voted`."""
+        reading = voted(readings, most)
+        if self.lexicon is None:
+            return reading
+        return self.lexicon.corrected(reading, readings, _weights(readings), most)
 
     def drawn(
-        self, images: UInt8[Tensor, "B 1 h w"], sizes: Int[Tensor, "B 2"] | None
+        self,
+        images: UInt8[Tensor, "B 1 h w"],
+        sizes: Int[Tensor, "B 2"] | None,
+        views: Sequence[View] | None = None,
     ) -> Iterator[UInt8[Tensor, "B 1 H W"]]:
-        """Yield the pages as each view shows them.
+        """Yield the pages as each of the views shows them.
 
         Args:
             sizes: as in `Encoder.forward`; what lies beyond them does not come into view.
+            views: None for all of them.
         """
         if sizes is not None:
             rows, columns = (torch.arange(side, device=images.device) for side in images.shape[2:])
@@ -72,7 +101,7 @@ class Vote:
             images = images * inside[:, None]
         ends = _ends_of_rows(images)
         pages = images.float()
-        for view in self.views:
+        for view in self.views if views is None else views:
             yield self._shown(view, pages, ends)
 
     def _shown(
@@ -112,6 +141,12 @@ def _ends_of_rows(images: UInt8[Tensor, "B 1 h w"]) -> Float[Tensor, "B 2 2*h"]:
     return torch.stack([xs, ys.expand_as(xs).where(~xs.isnan(), torch.nan)], dim=1)
 
 
+def _weights(readings: Sequence[Reading]) -> list[float]:
+    """Return how much each reading counts: the surest 1, others less."""
+    sureness = [reading.log_probability / (len(reading.tokens) + 1) for reading in readings]
+    return [math.exp(_SURENESS * (its - max(sureness))) for its in sureness]
+
+
 def voted(readings: Sequence[Reading], most: int) -> Reading:
     """Return the text that most of a page's readings vote for, token by token.
 
@@ -122,10 +157,8 @@ def voted(readings: Sequence[Reading], most: int) -> Reading:
     Args:
         most: tokens, after which it is cut off.
     """
-    sureness = [reading.log_probability / (len(reading.tokens) + 1) for reading in readings]
-    surest = max(sureness)
-    weights = [math.exp(_SURENESS * (its - surest)) for its in sureness]
-    pivot = readings[sureness.index(surest)].tokens
+    weights = _weights(readings)
+    pivot = readings[weights.index(max(weights))].tokens
     # what is written in the place of each of its tokens, and before each of them and its end
     instead = [defaultdict[int | None, float](float) for _ in pivot]
     before = [defaultdict[tuple[int, ...], float](float) for _ in [*pivot, None]]

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
+from paragraph_ocr.config import DecodingConfig
 from paragraph_ocr.errors import UserError
 from paragraph_ocr.model.transformer import TransformerReader
 from paragraph_ocr.reading.onnx import DECODER_STEP, ENCODER, MAX_LENGTH, OnnxRecognizer
@@ -74,8 +75,7 @@ def export_onnx(recognizer: Recognizer, folder: Path) -> None:
         max_length=recognizer.max_length,
     )
     experiment = copy.deepcopy(recognizer.experiment)
-    experiment.decoding.name, experiment.decoding.beam_width = "greedy", 1
-    experiment.decoding.views = []
+    experiment.decoding = DecodingConfig(name="greedy")
     write_config(experiment, folder)
 
 

@@ -61,7 +61,7 @@ class Recognizer:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.vocabulary, self.experiment = vocabulary, experiment
-        self.decoding: Greedy | Beam | Vote = build_decoding(experiment)
+        self.decoding: Greedy | Beam | Vote = build_decoding(experiment, vocabulary)
         self.max_length = experiment.datamodule.max_length
         self.canvas = (experiment.datamodule.height, experiment.datamodule.width)
         self.normalise = experiment.datamodule.normalise
