@@ -1,16 +1,16 @@
 """Greedy reading on a CPU: all steps of a page in one compiled function, a thread for each page.
 
 A step of one page is products of matrices and a vector, which wait for their weights to come from the CPU's
-last cache or from memory: under autocast to bfloat16 half as long. All sums are in float32. Written with
-PyTorch's operations a step would be ninety of them, each to be found, and threads would meet in each; here a
-thread waits for no other before its page has ended. Numba compiles the functions at the first reading on a
-machine, in some seconds, and keeps them.
+last cache or from memory: under autocast to bfloat16 half as long. Weights that are whole numbers of a byte,
+as a release has them, stay so, and the page's keys and values become such: a quarter. All sums are in
+float32. Written with PyTorch's operations a step would be ninety of them, each to be found, and threads would
+meet in each; here a thread waits for no other before its page has ended. Numba compiles the functions at the
+first reading on a machine, in some seconds, and keeps them.
 """
 
 import math
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, cast, no_type_check
 
@@ -29,6 +29,9 @@ _LN_2 = np.float32(math.log(2.0))
 _LEAST = np.float32(-87.0)
 """Whose exponential is nearly the least that a float holds with all its digits."""
 _EXPONENT_OF_1, _BITS_OF_FRACTION = np.int32(127), np.int32(23)  # of a float
+_TINY = np.float32(1e-30)  # whose reciprocal is a float, too
+_WHOLE = 1e-8
+"""Mean square of what rounding changes, in steps: 5e-12 in a release, 0.08 in a model of other weights."""
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,35 +43,34 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return by_numba()(function)
 
 
+class _Rows(NamedTuple):
+    """Vectors, each of them its numbers times its scale."""
+
+    numbers: Shaped[np.ndarray, "*rows D"]  # float32, the bits of bfloat16, or int8
+    scales: Float32[np.ndarray, "*rows"]
+
+
+class _Linear(NamedTuple):
+    """Products of one kind, those of all layers stacked."""
+
+    matrix: _Rows  # "layers out in"
+    bias: Float32[np.ndarray, "layers out"]
+
+
 class _Weights(NamedTuple):
-    """A decoder's weights, those of its layers stacked, each matrix with its bias.
+    """A decoder's weights; all matrices have numbers of one type."""
 
-    Matrices, but for the embedding, are float32 or the bits of bfloat16.
-    """
-
-    embedding: Float32[np.ndarray, "V D"]
-    """Times sqrt(D)."""
+    embedding: Float32[np.ndarray, "V D"]  # times sqrt(D)
     positions: Float32[np.ndarray, "T D"]
-    own: Shaped[np.ndarray, "layers 3*D D"]
-    """To queries, keys and values."""
-    own_bias: Float32[np.ndarray, "layers 3*D"]
-    own_out: Shaped[np.ndarray, "layers D D"]
-    own_out_bias: Float32[np.ndarray, "layers D"]
-    cross: Shaped[np.ndarray, "layers D D"]
-    """To queries."""
-    cross_bias: Float32[np.ndarray, "layers D"]
-    cross_out: Shaped[np.ndarray, "layers D D"]
-    cross_out_bias: Float32[np.ndarray, "layers D"]
-    expand: Shaped[np.ndarray, "layers hidden D"]
-    expand_bias: Float32[np.ndarray, "layers hidden"]
-    contract: Shaped[np.ndarray, "layers D hidden"]
-    contract_bias: Float32[np.ndarray, "layers D"]
-    read_out: Shaped[np.ndarray, "V D"]
-    read_out_bias: Float32[np.ndarray, " V"]
-    norms: Float32[np.ndarray, "layers 3 2 D"]
-    """Scale and shift of each block's."""
-    last_norm: Float32[np.ndarray, "2 D"]
-    """Used where norms stand before their blocks."""
+    norms: Float32[np.ndarray, "layers 3 2 D"]  # scale and shift of each block's
+    last_norm: Float32[np.ndarray, "2 D"]  # used where norms stand before their blocks
+    own: _Linear  # to queries, keys and values
+    own_out: _Linear
+    cross: _Linear  # to queries
+    cross_out: _Linear
+    expand: _Linear
+    contract: _Linear
+    read_out: _Linear  # of one layer
 
 
 def read_greedily(
@@ -93,76 +95,107 @@ def read_greedily(
     heads, pre = layers[0].self_attention.heads, layers[0].pre
     epsilon = cast(nn.LayerNorm, layers[0].norms[0]).eps
     half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
-    stored = torch.bfloat16 if half else torch.float32
+    computed = torch.bfloat16 if half else torch.float32
+    ends = start, -1 if end is None else end
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        weights = _stacked(decoder, layers, stored)
+        weights = _stacked(decoder, layers, computed)
+        in_bytes = weights.own.matrix.numbers.dtype == np.int8
 
-        def steps_of(page: int) -> Callable[[], None]:
+        @torch.inference_mode()
+        def read(page: int) -> None:
             cells = memory[page] if memory_mask is None else memory[page, memory_mask[page]]
-            keys, values = _projected(layers, cells.to(stored))
+            seen = _projected(layers, cells.to(computed), in_bytes=in_bytes)
             into = written[page].numpy(), scores[page].numpy()
-            ends = start, -1 if end is None else end
-            return partial(_read_page, weights, heads, pre, epsilon, keys, values, *ends, *into)
+            _read_page(weights, heads, pre, epsilon, seen, *ends, *into)
 
         if count == 1:
-            steps_of(0)()
+            read(0)
             return written, scores
         threads = torch.get_num_threads()
-        pool, going = ThreadPoolExecutor(threads), deque[Future[None]]()
+        torch.set_num_threads(1)  # for each of the pool's: no product of one page waits for others
         try:
-            for page in range(count):
-                if len(going) == 2 * threads:  # no more of them hold keys and values
-                    going.popleft().result()
-                going.append(pool.submit(steps_of(page)))
-            for reading in going:
-                reading.result()
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(read, range(count)))  # raises what a page has raised
         finally:
-            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
     return written, scores
 
 
 def _stacked(decoder: Decoder, layers: list[Layer], stored: torch.dtype) -> _Weights:
-    """Return the weights as they are now, for training may have changed them."""
+    """Return the weights as they are now, for training may have changed them; `stored` or in bytes."""
 
-    def stack(*linears: Callable[[Layer], nn.Linear]) -> tuple[np.ndarray, np.ndarray]:
-        parts = [[linear(layer) for linear in linears] for layer in layers]
-        weights = torch.stack([torch.cat([part.weight for part in layer]) for layer in parts])
-        biases = torch.stack([torch.cat([part.bias for part in layer]) for layer in parts])
-        return _array(weights.to(stored)), _array(biases.float())
+    def linears(its: Layer) -> list[list[nn.Linear]]:
+        own, cross = its.self_attention, its.cross_attention
+        attention = [[own.query, own.key_value], [own.out], [cross.query], [cross.out]]
+        return [*attention, [its.expand], [its.contract]]
+
+    def stack(parts: list[list[Tensor]], dtype: torch.dtype = torch.float32) -> np.ndarray:
+        # by NumPy, which has no threads that would meet
+        return np.stack([np.concatenate([_array(it.to(dtype)) for it in part]) for part in parts])
+
+    kinds = [*zip(*map(linears, layers), strict=True)]
+    read_out = decoder.embedding if decoder.read_out is None else decoder.read_out
+    weights = [[[it.weight for it in its] for its in kind] for kind in kinds]
+    weights.append([[cast(nn.Parameter, read_out.weight)]])
+    biases = [[[it.bias for it in its] for its in kind] for kind in kinds]
+    biases.append([[decoder.bias]])
 
     def norm(module: nn.Module) -> Tensor:
         return torch.stack([cast(Tensor, module.weight), cast(Tensor, module.bias)])
 
     pre = isinstance(decoder.norm, nn.LayerNorm)
     norms = torch.stack([torch.stack([norm(part) for part in its.norms]) for its in layers])
-    read_out = decoder.embedding if decoder.read_out is None else decoder.read_out
+    matrices = _whole(map(stack, weights)) or [_plain(stack(its, stored)) for its in weights]
     return _Weights(
         _array(decoder.embedding.weight.float() * math.sqrt(decoder.width)),
         _array(cast(Tensor, decoder.positions).float()),
-        *stack(lambda its: its.self_attention.query, lambda its: its.self_attention.key_value),
-        *stack(lambda its: its.self_attention.out),
-        *stack(lambda its: its.cross_attention.query),
-        *stack(lambda its: its.cross_attention.out),
-        *stack(lambda its: its.expand),
-        *stack(lambda its: its.contract),
-        _array(cast(Tensor, read_out.weight).to(stored)),
-        _array(decoder.bias.float()),
         _array(norms.float()),
         _array(norm(decoder.norm if pre else layers[-1].norms[-1]).float()),
+        *map(_Linear, matrices, map(stack, biases)),
     )
 
 
-def _projected(
-    layers: list[Layer], seen: Float[Tensor, "M D"]
-) -> Shaped[np.ndarray, "2 layers heads M d"]:
-    """Return the keys and values of a page's cells, in the type that these have."""
-    projected = []
-    for layer in layers:
-        attention = layer.cross_attention
-        weight, bias = (part.to(seen) for part in attention.key_value.parameters())
-        both = F.linear(seen, weight, bias).unflatten(1, (2, attention.heads, -1))
-        projected.append(both.permute(1, 2, 0, 3))
-    return _array(torch.stack(projected, dim=1))
+def _whole(matrices: Iterable[Float32[np.ndarray, "*rows D"]]) -> list[_Rows] | None:
+    """Return matrices that `quantised.restore` has returned as what it was given; None if one is another."""
+    found = []
+    for matrix in matrices:
+        rows, changed = _rounded(matrix)
+        if not changed < _WHOLE:
+            return None
+        found.append(rows)
+    return found
+
+
+def _rounded(array: Float32[np.ndarray, "*rows D"]) -> tuple[_Rows, float]:
+    """Return rows in bytes, 127 steps for the largest number of each, and the mean square of the change."""
+    rows = _Rows(np.empty(array.shape, np.int8), np.empty(array.shape[:-1], np.float32))
+    width = array.shape[-1]
+    into = rows.numbers.reshape(-1, width), rows.scales.reshape(-1)
+    return rows, _round(array.reshape(-1, width), *into) / array.size
+
+
+def _plain(array: Shaped[np.ndarray, "*rows D"]) -> _Rows:
+    return _Rows(array, np.ones(array.shape[:-1], np.float32))
+
+
+def _projected(layers: list[Layer], seen: Float[Tensor, "M D"], *, in_bytes: bool) -> _Rows:
+    """Return keys and values of a page's cells, "2 layers heads M d", in bytes or the type of the cells.
+
+    The keys' scales hold what scores are divided by, sqrt(d).
+    """
+    heads, (count, width) = layers[0].cross_attention.heads, seen.shape
+    shape = 2, len(layers), heads, count
+    stored = np.dtype(np.int8) if in_bytes else _array(seen).dtype
+    numbers = np.empty((*shape, width // heads), stored)
+    scales = np.empty(shape, np.float32)
+    for index, layer in enumerate(layers):
+        weight, bias = (part.to(seen) for part in layer.cross_attention.key_value.parameters())
+        both = F.linear(seen, weight, bias).unflatten(1, (2, heads, -1))
+        rows = _rounded(_array(both.float()))[0] if in_bytes else _plain(_array(both))
+        numbers[:, index] = rows.numbers.transpose(1, 2, 0, 3)  # in this order of memory, too
+        scales[:, index] = rows.scales.transpose(1, 2, 0)
+    scales[0] /= math.sqrt(width / heads)
+    return _Rows(numbers, scales)
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -183,7 +216,7 @@ def _widened(_context, _bits):
 
 @no_type_check
 def _number(stored):
-    """Return what is stored as float32 or as the bits of bfloat16; for compiled functions alone."""
+    """Return what is stored as float32, as the bits of bfloat16 or as int8; for compiled functions alone."""
 
 
 @overload(_number)
@@ -191,24 +224,42 @@ def _number(stored):
 def _number_for(stored):
     if stored == types.uint16:
         return lambda stored: _widened(stored)
-    return lambda stored: stored
+    return lambda stored: np.float32(stored)
 
 
 @_compiled
 @no_type_check
-def _read_page(weights, heads, pre, epsilon, keys, values, start, end, tokens, scores):
-    """Write a page's tokens, up to its end, and their log-probabilities into `tokens` and `scores`.
+def _round(rows, numbers, scales):
+    """Put rows in bytes into `numbers` and `scales`; return the sum of the squares of what that changes."""
+    changed = np.float32(0.0)
+    for row in range(len(rows)):
+        largest = _TINY
+        for index in range(rows.shape[1]):
+            largest = max(largest, abs(rows[row, index]))
+        scales[row] = scale = largest / np.float32(127.0)
+        for index in range(rows.shape[1]):
+            exact = rows[row, index] / scale
+            whole = np.rint(exact)
+            numbers[row, index] = np.int8(whole)
+            changed += (exact - whole) ** 2
+    return changed
 
-    Keys and values are "layers heads M d".
-    """
-    num_layers, width, hidden_width = weights.contract.shape
-    steps, cells, head_width = len(tokens), keys.shape[2], width // heads
-    past_keys = np.empty((num_layers, heads, steps, head_width), np.float32)
-    past_values = np.empty_like(past_keys)
+
+@_compiled
+@no_type_check
+def _read_page(weights, heads, pre, epsilon, seen, start, end, tokens, scores):
+    """Write a page's tokens, up to its end, and their log-probabilities into `tokens` and `scores`."""
+    keys, values = _Rows(seen.numbers[0], seen.scales[0]), _Rows(seen.numbers[1], seen.scales[1])
+    num_layers, width, hidden_width = weights.contract.matrix.numbers.shape
+    steps, cells, head_width = len(tokens), keys.numbers.shape[2], width // heads
+    shape = num_layers, heads, steps, head_width
+    ones = np.ones(shape[:3], np.float32)
+    past_keys = _Rows(np.empty(shape, np.float32), ones / np.float32(math.sqrt(head_width)))
+    past_values = _Rows(np.empty(shape, np.float32), ones)
     states, inputs = np.empty(width, np.float32), np.empty(width, np.float32)
     queries, gathered = np.empty_like(states), np.empty_like(states)
     own, hidden = np.empty(3 * width, np.float32), np.empty(hidden_width, np.float32)
-    update, logits = np.empty_like(states), np.empty(len(weights.read_out), np.float32)
+    update, logits = np.empty_like(states), np.empty(weights.read_out.bias.shape[1], np.float32)
     places = max(steps, cells)
     shares, powers = np.empty(places, np.float32), np.empty(places, np.int32)
 
@@ -219,31 +270,31 @@ def _read_page(weights, heads, pre, epsilon, keys, values, start, end, tokens, s
             norms = weights.norms[layer]
 
             _begin(states, pre, norms[0], epsilon, inputs)
-            _multiply(weights.own[layer], weights.own_bias[layer], inputs, own)
-            past = past_keys[layer], past_values[layer]
+            _apply(weights.own, layer, inputs, own)
             for head in range(heads):
                 place = width + head * head_width
-                past[0][head, step] = own[place : place + head_width]
-                past[1][head, step] = own[place + width : place + width + head_width]
-            _attend(own[:width], past[0], past[1], step + 1, shares, powers, gathered)
-            _multiply(weights.own_out[layer], weights.own_out_bias[layer], gathered, update)
+                past_keys.numbers[layer, head, step] = own[place : place + head_width]
+                place += width
+                past_values.numbers[layer, head, step] = own[place : place + head_width]
+            _attend(own, past_keys, past_values, layer, step + 1, shares, powers, gathered)
+            _apply(weights.own_out, layer, gathered, update)
             _join(states, update, pre, norms[0], epsilon)
 
             _begin(states, pre, norms[1], epsilon, inputs)
-            _multiply(weights.cross[layer], weights.cross_bias[layer], inputs, queries)
-            _attend(queries, keys[layer], values[layer], cells, shares, powers, gathered)
-            _multiply(weights.cross_out[layer], weights.cross_out_bias[layer], gathered, update)
+            _apply(weights.cross, layer, inputs, queries)
+            _attend(queries, keys, values, layer, cells, shares, powers, gathered)
+            _apply(weights.cross_out, layer, gathered, update)
             _join(states, update, pre, norms[1], epsilon)
 
             _begin(states, pre, norms[2], epsilon, inputs)
-            _multiply(weights.expand[layer], weights.expand_bias[layer], inputs, hidden)
+            _apply(weights.expand, layer, inputs, hidden)
             for index in range(hidden_width):
                 hidden[index] = max(hidden[index], np.float32(0.0))
-            _multiply(weights.contract[layer], weights.contract_bias[layer], hidden, update)
+            _apply(weights.contract, layer, hidden, update)
             _join(states, update, pre, norms[2], epsilon)
 
         _begin(states, pre, weights.last_norm, epsilon, inputs)
-        _multiply(weights.read_out, weights.read_out_bias, inputs, logits)
+        _apply(weights.read_out, 0, inputs, logits)
         token = np.argmax(logits)
         total = np.float32(0.0)
         for index in range(len(logits)):
@@ -290,53 +341,61 @@ def _normalise(states, norm, epsilon, out):
 
 @_compiled
 @no_type_check
-def _multiply(weight, bias, inputs, out):
-    """Put weight @ inputs + bias into `out`."""
-    for row in range(weight.shape[0]):
-        total = np.float32(0.0)
-        for column in range(weight.shape[1]):
-            total += _number(weight[row, column]) * inputs[column]
-        out[row] = total + bias[row]
+def _apply(linear, layer, inputs, out):
+    """Put matrix @ inputs + bias into `out`."""
+    _multiply(linear.matrix.numbers[layer], linear.matrix.scales[layer], len(out), inputs, out)
+    for row in range(len(out)):
+        out[row] += linear.bias[layer, row]
 
 
 @_compiled
 @no_type_check
-def _attend(queries, keys, values, length, shares, powers, gathered):
-    """Put what each head gathers of its first `length` values into `gathered`.
+def _multiply(numbers, scales, length, inputs, out):
+    """Put the products of the first `length` rows and the inputs into `out`."""
+    fours = length - length % 4  # at a time: inputs are fetched once for them
+    for row in range(0, fours, 4):
+        some = numbers[row : row + 4]
+        a = b = c = d = np.float32(0.0)
+        for column in range(len(inputs)):
+            a += _number(some[0, column]) * inputs[column]
+            b += _number(some[1, column]) * inputs[column]
+            c += _number(some[2, column]) * inputs[column]
+            d += _number(some[3, column]) * inputs[column]
+        out[row], out[row + 1], out[row + 2], out[row + 3] = a, b, c, d
+    for row in range(fours, length):
+        total = np.float32(0.0)
+        for column in range(len(inputs)):
+            total += _number(numbers[row, column]) * inputs[column]
+        out[row] = total
+    for row in range(length):
+        out[row] *= scales[row]
 
-    Keys and values are "heads M d".
-    """
-    heads, width = keys.shape[0], keys.shape[2]
-    scale = np.float32(1.0 / math.sqrt(width))
+
+@_compiled
+@no_type_check
+def _attend(queries, keys, values, layer, length, shares, powers, gathered):
+    """Put what each head gathers of its first `length` values into `gathered`."""
+    heads, width = keys.numbers.shape[1], keys.numbers.shape[3]
     for head in range(heads):
-        begin = head * width
-        for place in range(length):
-            score = np.float32(0.0)
-            for index in range(width):
-                score += queries[begin + index] * _number(keys[head, place, index])
-            shares[place] = score * scale
+        place = head * width
+        query, out = queries[place : place + width], gathered[place : place + width]
+        _multiply(keys.numbers[layer, head], keys.scales[layer, head], length, query, shares)
         total = _exponentials(shares, powers, length)
-        out = gathered[head * width : (head + 1) * width]
+        numbers, scales = values.numbers[layer, head], values.scales[layer, head]
+        for place in range(length):
+            shares[place] *= scales[place]
         out[:] = 0.0
-        eights = (
-            length - length % 8
-        )  # at a time, or the sums would be fetched more often than the values
-        for place in range(0, eights, 8):
-            some = values[head, place : place + 8]
-            a, b, c, d, e, f, g, h = (
-                shares[place], shares[place + 1], shares[place + 2], shares[place + 3],
-                shares[place + 4], shares[place + 5], shares[place + 6], shares[place + 7],
-            )  # fmt: skip
+        fours = length - length % 4  # at a time, or sums would be fetched more often than values
+        for place in range(0, fours, 4):
+            some = numbers[place : place + 4]
+            a, b, c, d = shares[place], shares[place + 1], shares[place + 2], shares[place + 3]
             for index in range(width):
-                out[index] += (
-                    (a * _number(some[0, index]) + b * _number(some[1, index]))
-                    + (c * _number(some[2, index]) + d * _number(some[3, index]))
-                    + (e * _number(some[4, index]) + f * _number(some[5, index]))
-                    + (g * _number(some[6, index]) + h * _number(some[7, index]))
+                out[index] += (a * _number(some[0, index]) + b * _number(some[1, index])) + (
+                    c * _number(some[2, index]) + d * _number(some[3, index])
                 )
-        for place in range(eights, length):
+        for place in range(fours, length):
             for index in range(width):
-                out[index] += shares[place] * _number(values[head, place, index])
+                out[index] += shares[place] * _number(numbers[place, index])
         for index in range(width):
             out[index] /= total
 
@@ -354,7 +413,7 @@ def _exponentials(values, powers, length):
         largest = max(largest, values[index])
     for index in range(length):
         value = max(values[index] - largest, _LEAST)
-        power = np.float32(math.floor(value / _LN_2 + np.float32(0.5)))
+        power = np.floor(value / _LN_2 + np.float32(0.5))
         rest = value - power * _LN_2
         term = series = np.float32(1.0)
         for order in range(1, 7):
