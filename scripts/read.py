@@ -42,6 +42,13 @@ class Options:
         default=None,
         metadata={"help": "greedy, beam, vote (fewer errors, longer); null: the model's"},
     )
+    lexicon: str | None = field(
+        default=None,
+        metadata={
+            "help": "en, de, ...: language of the words that a vote takes for what is none; "
+            "none: as it was read; null: the model's"
+        },
+    )
     batch_size: int = field(default=16, metadata={"help": "images read together"})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:<n>"})
     outputs: Path = field(
@@ -66,12 +73,16 @@ def read(options: Options) -> int:
     recognizer = Recognizer.load(options.checkpoint, device=options.device, outputs=options.outputs)
     if options.normalise is not None:
         recognizer.normalise = options.normalise
-    if options.decoding is not None:
+    typed = [] if options.decoding is None else [f"decoding={options.decoding}"]
+    if options.lexicon is not None:
+        language = "null" if options.lexicon == "none" else options.lexicon
+        typed.append(f"decoding.lexicon={language}")
+    if typed:
         from paragraph_ocr.build_model import build_decoding
         from paragraph_ocr.validation import overridden
 
-        chosen = overridden(recognizer.experiment, [f"decoding={options.decoding}"])
-        recognizer.decoding = build_decoding(chosen)
+        chosen = overridden(recognizer.experiment, typed)
+        recognizer.decoding = build_decoding(chosen, recognizer.vocabulary)
     created, refused, began = datetime.now(UTC), 0, time.perf_counter()
     several = len(paths) > 1
     with console.progress("read", apart=True) as progress:

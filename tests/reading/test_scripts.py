@@ -229,6 +229,40 @@ def test_both_explain_themselves(evaluate, read, capsys):
     )
 
 
+def test_words_of_another_language_or_of_none_can_be_asked_for(
+    read, recognizer, run_folder, images
+):
+    from paragraph_ocr.build_model import build_decoding
+    from paragraph_ocr.validation import overridden
+
+    path = scans(images)[0]
+    for typed, language in (("none", "null"), ("de", "de")):
+        chosen = overridden(
+            recognizer.experiment, ["decoding=vote", f"decoding.lexicon={language}"]
+        )
+        other = copy.copy(recognizer)
+        other.decoding = build_decoding(chosen, recognizer.vocabulary)
+        assert (other.decoding.lexicon is None) == (typed == "none")
+        words = [f"checkpoint={run_folder}", f"image={path}", "device=cpu", "decoding=vote"]
+        assert read(*words, f"lexicon={typed}", "write=txt", f"into={typed}") == 0
+        assert Path(f"{typed}/{path.stem}.txt").read_text().strip() == other.read(path).text.strip()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["decoding=vote", "lexicon=xx"], "decoding.lexicon=xx is no language"),
+        (["decoding=greedy", "lexicon=en"], "Pass decoding=vote"),
+    ],
+)
+def test_a_lexicon_that_is_not_there_or_does_nothing_is_told(
+    read, run_folder, images, capsys, words, said
+):
+    path = scans(images)[0]
+    assert read(f"checkpoint={run_folder}", f"image={path}", "device=cpu", *words) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_card_names_texts_faces_licences_stages_and_time(recognizer, tmp_path):
     from paragraph_ocr.config import CurriculumConfig, StageConfig
     from paragraph_ocr.data.fonts import find_faces
@@ -269,7 +303,8 @@ def test_a_card_names_texts_faces_licences_stages_and_time(recognizer, tmp_path)
         f"SIL OFL 1.1: {names[0]}", f"Apache 2.0: {names[1]}", f"as their packages say: {names[2]}",
         f"see new hands: {names[0]}.", "`python train.py experiment=ten_minutes`, seed 0, 8.0 minutes",
         "| lines | 96x448 | 32 | loss below 0.8 |", "| pages | 160x448 | 8 | the end |",
-        "| test/cer | 0.0625 |", "by the vote of 6 readings of each page, val/ by one |",
+        "| test/cer | 0.0625 |",
+        "by the vote of 6 readings of each page, val/ by one; words that no dictionary (en) has",
     ):  # fmt: skip
         assert said in card
     assert str(tmp_path) not in card
