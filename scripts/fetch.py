@@ -12,10 +12,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from paragraph_ocr import arguments, console
 from paragraph_ocr.errors import UserError
@@ -206,7 +206,10 @@ def taken(archive: "Source", names: set[str]) -> dict[str, bytes]:
 
 
 def main() -> int:
-    subjects = {"fonts": (FontOptions, fetch_fonts), "texts": (TextOptions, fetch_texts)}
+    subjects: dict[str, tuple[type, Callable[[Any], int | None]]] = {
+        "fonts": (FontOptions, fetch_fonts),
+        "texts": (TextOptions, fetch_texts),
+    }
     return arguments.run_subject(subjects, about=__doc__ or "")
 
 
