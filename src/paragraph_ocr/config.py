@@ -111,6 +111,7 @@ class RenderedData(GeneratedData):
     spread: float = 0.0
     lean_deg: float = 0.0
     line_slope_deg: float = 0.0
+    forms: float = 0.0
 
 
 @dataclass

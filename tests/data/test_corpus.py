@@ -65,6 +65,7 @@ def test_every_field_that_changes_the_paragraphs_changes_the_path(few_notes, noi
         "spread": 0.2,
         "lean_deg": 20.0,
         "line_slope_deg": 1.0,
+        "forms": 0.1,
     }
     for corpus in (few_notes, noise):
         prints = [corpus.fingerprint()]

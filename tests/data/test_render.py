@@ -32,7 +32,7 @@ CARELESS = {"jitter": 1.0, "pressure": 0.5}
 OLD = {"jitter": 0.5, "joined": 1.0, "word_slant_deg": 5.0, "baseline_wave": 0.5}
 LETTER = {**CARELESS, "uneven_lines": 1.0}
 WIDE = {**OLD, "stretch": 0.4}
-LOOSE = {"reach": 0.4, "spread": 0.3, "lean_deg": 40.0, "line_slope_deg": 2.0}
+LOOSE = {"reach": 0.4, "spread": 0.3, "lean_deg": 40.0, "line_slope_deg": 2.0, "forms": 0.15}
 MISTAKEN = {**CARELESS, **OLD, "joined": 0.5, "crossed_out": 1.0}
 
 

@@ -64,6 +64,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "datamodule.spread": (0, 1),
     "datamodule.lean_deg": (0, 45),
     "datamodule.line_slope_deg": (0, 5),
+    "datamodule.forms": (0, 0.5),
     "datamodule.min_overlap": (0, 0.9),
     "datamodule.max_overlap": (0, 0.9),
     "regularization.dropout": (0, 0.99),

@@ -126,31 +126,6 @@ class _Shrunk(dict[str, Glyph]):
         return glyph
 
 
-class Reaching(dict[str, Glyph]):
-    """Letters whose ink reaches farther above the height of x and below the line."""
-
-    def __init__(self, letters: Glyphs, x_height_px: int, reach: float) -> None:
-        super().__init__()
-        self._letters, self._x_height_px, self._reach = letters, x_height_px, reach
-
-    def __missing__(self, character: str) -> Glyph:
-        glyph = self._letters[character]
-        above = int(np.clip(-self._x_height_px - glyph.top, 0, len(glyph.ink)))
-        below = int(np.clip(glyph.top + len(glyph.ink), 0, len(glyph.ink) - above))
-        head, middle, foot = np.split(glyph.ink, [above, len(glyph.ink) - below])
-        head, foot = self._longer(head), self._longer(foot)
-        ink = np.concatenate([head, middle, foot])
-        self[character] = glyph._replace(ink=ink, top=glyph.top - len(head) + above)
-        return self[character]
-
-    def _longer(self, part: np.ndarray) -> np.ndarray:
-        height, width = part.shape
-        if not height:
-            return part
-        size = (width, round(self._reach * height))
-        return cv2.resize(part, size, interpolation=cv2.INTER_LINEAR)
-
-
 class _Advances(dict[str, float]):
     """Advance widths in em, measured when first wanted."""
 

@@ -18,7 +18,8 @@ import cv2
 import numpy as np
 
 from paragraph_ocr.data import strokes
-from paragraph_ocr.data.fonts import Face, Glyphs, Reaching, drawn_size
+from paragraph_ocr.data.fonts import Face, Glyphs, drawn_size
+from paragraph_ocr.data.forms import Bent, Forms, Reaching
 from paragraph_ocr.data.mixed_face import MixedFace, MixedMeasures
 from paragraph_ocr.data.strokes import ENTERS, LEAVES, Measures
 
@@ -104,6 +105,8 @@ class Hand(NamedTuple):
     spread_px: float
     """By which letters stand farther apart than the face's."""
     slopes: "Slopes"
+    forms: Forms | None
+    """Of its letters; None leaves those of the face."""
     sets: dict[int, Glyphs]
     """Letters of the hand's own made so far, by size."""
 
@@ -115,13 +118,22 @@ class Hand(NamedTuple):
 
     def glyphs(self, size_px: int) -> Glyphs:
         """Return the letters that it writes, at a size of its face."""
-        if self.reach == 1:
-            return self.face.glyphs(size_px, self.weight)
         if size_px not in self.sets:
             letters = self.face.glyphs(size_px, self.weight)
-            x_height_px = round(self.measures.x_height * size_px)
-            self.sets[size_px] = Reaching(letters, x_height_px, self.reach)
+            if self.reach != 1:
+                x_height_px = round(self.measures.x_height * size_px)
+                letters = Reaching(letters, x_height_px, self.reach)
+            if self.forms is not None:
+                letters = Bent(letters, self.measures.x_height * size_px, self.forms)
+            self.sets[size_px] = letters
         return self.sets[size_px]
+
+    def ends(self, text: str) -> np.ndarray:
+        """Return where strokes come to letters and leave them, "letters ends xy" in em."""
+        ends = self.measures.ends(text)
+        if self.forms is None:
+            return ends
+        return self.forms.ends(text, ends / self.measures.x_height) * self.measures.x_height
 
     @property
     def pen_px(self) -> float:
@@ -192,6 +204,7 @@ def render(
     spread: float = 0.0,
     lean_deg: float = 0.0,
     line_slope_deg: float = 0.0,
+    forms: float = 0.0,
     generator: np.random.Generator,
 ) -> Drawing:
     """Return the words as one paragraph on a canvas of the given size in pixels, all ink inside.
@@ -217,11 +230,14 @@ def render(
         lean_deg: most by which a hand leans farther to the right; half of them do not.
         line_slope_deg: standard deviation of the first line's slope, and of how much more the last one
             falls; a third of it for each line besides.
+        forms: heights of x by which a hand bends each kind of letter out of its face's form: the standard
+            deviation of what moves points that lie about as far apart as an o is wide, in the mean of
+            hands, which have none to twice as much.
     """
     uniform = generator.uniform
     extra = generator
     if any((joined, word_slant_deg, crossed_out, baseline_wave, uneven_lines, stretch,
-            reach, spread, lean_deg, line_slope_deg)):  # fmt: skip
+            reach, spread, lean_deg, line_slope_deg, forms)):  # fmt: skip
         (extra,) = generator.spawn(1)  # what it draws moves nothing else
     usual = spacing = uniform(0.85, 1.3) * face.height  # em from line to line
     stretched = math.exp(stretch * extra.normal(0, 1, size=1).clip(-2, 2)[0]) if stretch else 1.0
@@ -281,7 +297,8 @@ def render(
         slopes = _slopes(math.radians(line_slope_deg), len(lines), line_em * size_px, extra)
     hand = Hand(
         face, weight, size_px, space * size_px, _pairs_joined(joined, extra) if not apart else 1.0,
-        jitter, word_slant_deg, baseline_wave, stretched, reaching, apart * size_px, slopes, {},
+        jitter, word_slant_deg, baseline_wave, stretched, reaching, apart * size_px, slopes,
+        Forms(forms * extra.uniform(0, 2), extra) if forms else None, {},
     )  # fmt: skip
     set_lines = [
         _set_line(
@@ -428,7 +445,7 @@ def _set_line(
     advances = np.array([letter.advance for letter in letters])
     ends = np.empty((len(inks), 0, 2))
     if hand.pairs_joined:
-        ends = hand.measures.ends("".join(words)) * np.repeat(drawn, lengths)[:, None, None]
+        ends = hand.ends("".join(words)) * np.repeat(drawn, lengths)[:, None, None]
     if varied:
         scales = np.repeat(sizes / drawn, lengths)
         leans = np.zeros(len(words))

@@ -63,6 +63,8 @@ class SyntheticCorpus(GeneratedCorpus):
     """Most by which half of the hands lean farther to the right, in training."""
     line_slope_deg: float = 0.0
     """Standard deviation of how far lines are from level, in training."""
+    forms: float = 0.0
+    """Heights of x by which a hand bends each kind of letter out of its face's form, in training."""
 
     def fingerprint(self) -> str:
         identity = {
@@ -98,6 +100,7 @@ class SyntheticCorpus(GeneratedCorpus):
             "spread": self.spread,
             "lean_deg": self.lean_deg,
             "line_slope_deg": self.line_slope_deg,
+            "forms": self.forms,
         }
 
         def make(generator: np.random.Generator, split: str) -> Paragraph:
