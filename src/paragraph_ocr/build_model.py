@@ -200,5 +200,6 @@ def build_decoding(experiment: Experiment, vocabulary: Vocabulary) -> Greedy | B
         words = None
         if decoding.lexicon is not None:
             words = lexicon(decoding.lexicon, vocabulary.tokens)
-        return Vote(views, (data.height, data.width), enough=decoding.enough, lexicon=words)
+        enough = tuple((int(count), float(most)) for count, most in decoding.enough)
+        return Vote(views, (data.height, data.width), enough=enough, lexicon=words)
     return Greedy()

@@ -308,7 +308,9 @@ class DecodingConfig:
     max_loss: float | None = None
     # four numbers each, which checks/ looks at: OmegaConf takes no 1 for a float in a list of lists
     views: list[Any] = field(default_factory=list)
-    enough: float = 0.0
+    enough: list[Any] = field(
+        default_factory=list
+    )  # two numbers each, which are looked at there, too
     lexicon: str | None = None
 
 

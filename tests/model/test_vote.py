@@ -201,16 +201,36 @@ def test_a_page_is_read_as_its_views_are_alone(make_recognizer, pages):
     assert all(one != other for one, other in pairs), "views should be read otherwise"
 
 
-@pytest.mark.parametrize("enough", [1.0, 1e-9])
-def test_where_the_first_two_agree_no_other_view_is_read(make_recognizer, pages, enough):
+@pytest.mark.parametrize(
+    ("enough", "count"),
+    [
+        (((2, 1.0),), 2),
+        (((2, 1e-9),), 4),
+        (((2, 1e-9), (3, 1.0)), 3),
+        (((3, 1e-9),), 4),
+        ((), 4),
+    ],
+)
+def test_as_many_views_are_read_as_the_first_two_call_for(make_recognizer, pages, enough, count):
     recognizer = make_recognizer()
     canvas = tuple(pages.shape[2:])
     views = (View(1, 1, 6, 0), View(1.15, 1, -12, 0), View(0.9, 1.1, 0, 1), View(1, 1, 0, 2))
     vote = Vote(views, canvas, enough=enough)
     found = recognizer.read(pages, decoding=vote, max_length=20)
-    needed = views[:2] if enough == 1 else views
-    expected = recognizer.read(pages, decoding=Vote(needed, canvas), max_length=20)
+    expected = recognizer.read(pages, decoding=Vote(views[:count], canvas), max_length=20)
     assert [its.tokens for its in found] == [its.tokens for its in expected]
+
+
+def test_readings_that_differ_more_need_more():
+    vote = Vote((AS_IT_IS,) * 10, (40, 60), enough=((2, 0.1), (6, 0.3)))
+    text = "abcdefghij"
+    for wrong, needed in ((0, 2), (1, 2), (2, 6), (3, 6), (4, 10), (10, 10)):
+        other = "z" * wrong + text[wrong:]
+        readings = [reading(text), reading(other)]
+        assert vote.needed(readings) == needed
+        assert vote.needed([*readings, reading("")]) == needed  # whatever the others say
+    assert [len(views) for views in vote.rounds] == [2, 4, 4]
+    assert vote.needed([reading(""), reading("")]) == 2
 
 
 def test_each_page_needs_as_many_readings_as_it_would_alone(make_recognizer, pages):
@@ -224,10 +244,10 @@ def test_each_page_needs_as_many_readings_as_it_would_alone(make_recognizer, pag
     between = (min(sureness) + max(sureness)) / 2
 
     class Choosy(Vote):
-        def agreed(self, readings):
-            return readings[0].log_probability > between
+        def needed(self, readings):
+            return 2 if readings[0].log_probability > between else 3
 
-    vote = Choosy(views, canvas, enough=0.1)
+    vote = Choosy(views, canvas, enough=((2, 0.1),))
     seen = []
     read = recognizer._views_read(
         pages,
@@ -255,4 +275,4 @@ def recognizer_reads(recognizer, memory):
 
 
 def test_one_view_is_read_once():
-    assert Vote((AS_IT_IS,), (40, 60), enough=0.1).agreed([reading("cat")])
+    assert Vote((AS_IT_IS,), (40, 60)).needed([reading("cat")]) == 1

@@ -155,6 +155,22 @@ def _check_decoding(decoding: DecodingConfig) -> None:
                 f"a lean of at most {_VIEWS[2][1]} and a turn of at most {_VIEWS[3][1]} degrees. "
                 "Pass decoding.views=[[1,1,0,0],[1.15,1,12,0]]."
             )
+    _check_enough(decoding)
+
+
+def _check_enough(decoding: DecodingConfig) -> None:
+    before: list[Any] = [1, -1]
+    for pair in decoding.enough:
+        numbers = isinstance(pair, list) and [*map(type, pair)] in ([int, float], [int, int])
+        if not numbers or not (
+            before[0] < pair[0] < len(decoding.views) and before[1] < pair[1] <= 1
+        ):
+            raise UserError(
+                f"decoding.enough has {pair}, and needs numbers of readings from 2 to fewer than the "
+                f"{len(decoding.views)} views, each with a share of characters up to 1, both rising. "
+                "Pass decoding.enough=[[2,0.02]], or [] to read all views."
+            )
+        before = pair
 
 
 def _check_line_cnn(model: LineCnnModel, experiment: Experiment) -> None:

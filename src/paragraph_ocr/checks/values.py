@@ -107,7 +107,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "trainer.checkpoint.every_n_steps": (1, 1_000_000_000),
     "trainer.checkpoint.keep": (1, 1000),
     "decoding.beam_width": (1, 1000),
-    "decoding.enough": (0, 1),
     "tracking.num_samples": (0, 1000),
 }
 

@@ -177,7 +177,9 @@ class TransformerReader(Reader):
             found = each(torch.cat(seen), None, decoding=Greedy())
             for page in going.tolist():
                 readings[page] += found[int((read == page).nonzero()) :: len(read)]
-            going = going[[not vote.agreed(readings[page]) for page in going.tolist()]]
+            going = going[
+                [len(its) < vote.needed(its) for its in (readings[p] for p in going.tolist())]
+            ]
             if not len(going):
                 break
         return readings

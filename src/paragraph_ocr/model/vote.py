@@ -2,13 +2,14 @@
 
 A model reads a page otherwise when it is leant, turned or stretched a little, and errs in other places. The
 readings are aligned and vote for each character: recogniser output voting error reduction (Fiscus 1997).
-Where the first two agree no more are needed, and where a word is none they tell what was meant.
+The less the first two agree, the more are needed; where a word is none they tell what was meant.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -59,22 +60,25 @@ class Vote:
     views: tuple[View, ...]
     canvas: tuple[int, int]
     """Height and width that views are drawn on, in pixels."""
-    enough: float = 0.0
-    """Share of the characters in which the first two readings may differ for a page to need no others."""
+    enough: tuple[tuple[int, float], ...] = ()
+    """How many readings are enough where the first two differ in at most a share of their characters: both
+    rising. Where they differ in more, and without any, all views are read."""
     lexicon: Lexicon | None = None
 
     @property
     def rounds(self) -> list[tuple[View, ...]]:
-        """The views that are read first, and those that are read where these do not agree."""
-        parts = (self.views[:2], self.views[2:]) if self.enough else (self.views,)
-        return [views for views in parts if views]
+        """The views that are read first, and those that are read where these are not enough."""
+        ends = [0, *(count for count, _ in self.enough), len(self.views)]
+        return [self.views[a:b] for a, b in pairwise(ends)]
 
-    def agreed(self, readings: Sequence[Reading]) -> bool:
-        """Return whether a page's first two readings are near enough to each other."""
-        if len(readings) == 1:
-            return True
+    def needed(self, readings: Sequence[Reading]) -> int:
+        """Return how many readings a page needs, by its first two."""
+        if len(readings) < 2:
+            return len(self.views)
         first, second = (reading.tokens for reading in readings[:2])
-        return Levenshtein.distance(first, second) <= self.enough * max(len(first), len(second))
+        longer = max(1, len(first), len(second))
+        share = Levenshtein.distance(first, second) / longer
+        return next((count for count, most in self.enough if share <= most), len(self.views))
 
     def chosen(self, readings: Sequence[Reading], most: int) -> Reading:
         """Return what a page's readings come to; most tokens as in `voted`."""
