@@ -306,12 +306,16 @@ class DecodingConfig:
     beam_width: int = 1
     length_penalty: float = 0.0
     max_loss: float | None = None
-    # four numbers each, which checks/ looks at: OmegaConf takes no 1 for a float in a list of lists
+    # four and two numbers each, which checks/ looks at: OmegaConf takes no 1 for a float in a list of lists
     views: list[Any] = field(default_factory=list)
-    enough: list[Any] = field(
-        default_factory=list
-    )  # two numbers each, which are looked at there, too
+    enough: list[Any] = field(default_factory=list)
     lexicon: str | None = None
+
+    @property
+    def readings(self) -> str:
+        """How many readings vote for a page's text: "10", or "2 to 10"; "" where there is no vote."""
+        most = str(len(self.views)) if self.views else ""
+        return f"{self.enough[0][0]} to {most}" if self.enough else most
 
 
 @dataclass

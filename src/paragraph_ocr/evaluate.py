@@ -306,7 +306,7 @@ def _about(model: _Model, other: _Model | None, options: Options) -> dict[str, s
         "canvas": f"{data.height}x{data.width} px" + (", normalised" if data.normalise else ""),
         "decoding": decoding.name
         + (f", {decoding.beam_width} beams" if decoding.name == "beam" else "")
-        + (f" of {len(decoding.views)} readings" if decoding.views else "")
+        + (f" of {decoding.readings} readings" if decoding.views else "")
         + (f", words of {decoding.lexicon}" if decoding.lexicon else ""),
         "store": model.store.path.name,
     }

@@ -40,9 +40,8 @@ def model_card(
     rounding = (
         "test/ after rounding to int8, val/ before" if experiment.release else "before rounding"
     )
-    views = len(experiment.decoding.views)
-    words = experiment.decoding.lexicon
-    looks = f"; test/ by the vote of {views} readings of each page, val/ by one" if views else ""
+    count, words = experiment.decoding.readings, experiment.decoding.lexicon
+    looks = f"; test/ by the vote of {count} readings of each page, val/ by one" if count else ""
     looks += f"; words that no dictionary ({words}) has are taken for likely ones" if words else ""
     measured = "\n".join(
         f"| {key} | {value:.4g} |"
