@@ -77,10 +77,7 @@ class Forms:
         if hole_px > 1:
             pen = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (hole_px, hole_px))
             ink = cv2.morphologyEx(ink, cv2.MORPH_CLOSE, pen)
-        height, width = ink.shape
-        sources = x_height_px * self._moves_over(kind, left, top, x_height_px, (width, height))
-        sources[..., 0] += np.arange(width)
-        sources[..., 1] += np.arange(height)[:, None]
+        sources = self._sources(kind, left, top, x_height_px, *ink.shape)
         ink = cv2.remap(ink, sources, None, cv2.INTER_LINEAR)  # type: ignore[call-overload]
         x, y, width, height = cv2.boundingRect(ink)
         if width:
@@ -102,24 +99,33 @@ class Forms:
                 self._ends[character] = places - moves[0]
         return np.array([self._ends[character] for character in text])
 
-    def _moves_over(
-        self, kind: int, left: int, top: int, x_height_px: float, size: tuple[int, int]
+    def _sources(
+        self, kind: int, left: int, top: int, x_height_px: float, height: int, width: int
     ) -> np.ndarray:
-        """Return from how far off the ink of each pixel comes, "rows columns xy".
+        """Return from which place on a letter's ink each of its pixels comes, "rows columns xy".
 
-        It is computed every `_STEP_PX`, and linear between.
+        It is computed every `_STEP_PX`, from a step before the first pixel to one after the last, and
+        linear between.
         """
-        width, height = (-(-side // _STEP_PX) for side in size)
-        scale = _STEP_PX / x_height_px / _SPACING
-        middle = _STEP_PX / 2  # of the first step
-        first = (np.array([left + middle, top + middle]) / x_height_px - _FIRST) / _SPACING
-        matrix = np.array([[scale, 0, first[0]], [0, scale, first[1]]])
-        how = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
-        coarse = cv2.warpAffine(
-            self._moves[kind], matrix, (width, height), flags=how, borderMode=cv2.BORDER_REPLICATE
+        columns, rows = (
+            np.arange(-1, -(-side // _STEP_PX) + 1) * _STEP_PX + (_STEP_PX - 1) / 2
+            for side in (width, height)
         )
-        full = (width * _STEP_PX, height * _STEP_PX)
-        return cv2.resize(coarse, full, interpolation=cv2.INTER_LINEAR)[: size[1], : size[0]]
+        scale = _STEP_PX / x_height_px / _SPACING
+        first = np.array([left + columns[0] + 0.5, top + rows[0] + 0.5])
+        shift = (first / x_height_px - _FIRST) / _SPACING
+        coarse = x_height_px * cv2.warpAffine(
+            self._moves[kind],
+            np.array([[scale, 0, shift[0]], [0, scale, shift[1]]]),
+            (len(columns), len(rows)),
+            flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REPLICATE,
+        )
+        coarse[..., 0] += columns
+        coarse[..., 1] += rows[:, None]
+        size = (len(columns) * _STEP_PX, len(rows) * _STEP_PX)
+        fine = cv2.resize(coarse, size, interpolation=cv2.INTER_LINEAR)
+        return fine[_STEP_PX : _STEP_PX + height, _STEP_PX : _STEP_PX + width]
 
 
 class Bent(dict[str, Glyph]):

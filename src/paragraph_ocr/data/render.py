@@ -23,7 +23,7 @@ from paragraph_ocr.data.forms import Bent, Forms, Reaching
 from paragraph_ocr.data.mixed_face import MixedFace, MixedMeasures
 from paragraph_ocr.data.strokes import ENTERS, LEAVES, Measures
 
-RENDERER_VERSION = 11
+RENDERER_VERSION = 12
 """Part of every rendered store's fingerprint: raise it whenever the same arguments draw otherwise, or a store
 keeps more of what is drawn."""
 
