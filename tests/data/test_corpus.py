@@ -201,3 +201,29 @@ def test_a_stopped_preparation_leaves_no_store_and_no_process(tmp_path, sign):
     assert list(root.glob("*.h5")) == []
     if sign == signal.SIGINT:
         assert list(root.glob(".*.tmp")) == []
+
+
+@pytest.mark.parametrize(
+    "trait",
+    [
+        {"mixed_faces": 1.0},
+        {"stretch": 0.3},
+        {"reach": 0.5},
+        {"spread": 0.5},
+        {"lean_deg": 40.0},
+        {"line_slope_deg": 3.0},
+        {"forms": 0.15},
+    ],
+    ids=lambda trait: next(iter(trait)),
+)
+def test_hands_that_no_face_has_are_trained_with_and_not_tested(few_notes, trait):
+    def page(corpus, split):
+        return corpus.maker()(np.random.default_rng(3), split).image
+
+    made_up = replace(few_notes, **trait)
+    for split in ("val", "test"):
+        assert np.array_equal(page(made_up, split), page(few_notes, split))
+    # half of the hands lean or stand apart no more than others
+    trained = [made_up.maker(), few_notes.maker()]
+    drawn = [[make(np.random.default_rng(s), "train").image for s in range(6)] for make in trained]
+    assert any(not np.array_equal(*pair) for pair in zip(*drawn, strict=True))
