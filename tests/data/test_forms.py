@@ -7,6 +7,7 @@ import pytest
 from paragraph_ocr.data import fonts
 from paragraph_ocr.data.fonts import Face, Glyph
 from paragraph_ocr.data.forms import Bent, Forms
+from paragraph_ocr.data.strokes import Measures
 
 X_HEIGHT = 0.4  # em, about that of every face
 
@@ -120,3 +121,17 @@ def test_small_holes_of_some_letters_are_closed_and_large_ones_stay():
     small = [has_hole(ring, chr(code)) for code in range(33, 127)]
     assert 0.9 < np.mean(small) < 1  # of the widest tenth of a third
     assert all(has_hole(wide, chr(code)) for code in range(33, 127))
+
+
+def test_a_face_whose_x_has_no_height_is_bent_like_others():
+    class Odd:
+        def glyphs(self, size_px, weight):
+            ink = np.full((size_px // 4, size_px // 4), 255, np.uint8)
+            return dict.fromkeys("nx", Glyph(ink, 0, 0, size_px / 3))  # below the line
+
+    x_height = Measures(Odd(), None).x_height
+    assert x_height > 0
+    forms = hand(0.2)
+    glyph = Bent(Odd().glyphs(64, None), x_height * 64, forms)["x"]
+    assert glyph.ink.any()
+    assert np.isfinite(forms.ends("x", np.ones((1, 2, 2)) / x_height)).all()

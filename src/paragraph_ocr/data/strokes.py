@@ -42,7 +42,9 @@ class Measures:
     def __init__(self, face: Face, weight: int | None) -> None:
         self._ends: dict[str, np.ndarray] = {}
         self._glyphs = face.glyphs(_MEASURED_PX, weight)
-        self.x_height = -self._glyphs["x"].top / _MEASURED_PX
+        self.x_height = (
+            max(1, -self._glyphs["x"].top) / _MEASURED_PX
+        )  # of odd faces, too, more than 0
         ink = self._glyphs["n"].ink
         # a stroke's area by half its outline: what grey changes by, summed, is the outline's length
         across, down = np.gradient(np.pad(ink / 255, 1))

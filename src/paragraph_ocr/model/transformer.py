@@ -177,9 +177,8 @@ class TransformerReader(Reader):
             found = each(torch.cat(seen), None, decoding=Greedy())
             for page in going.tolist():
                 readings[page] += found[int((read == page).nonzero()) :: len(read)]
-            going = going[
-                [len(its) < vote.needed(its) for its in (readings[p] for p in going.tolist())]
-            ]
+            its = [readings[page] for page in going.tolist()]
+            going = going[[len(own) < vote.needed(own) for own in its]]
             if not len(going):
                 break
         return readings
