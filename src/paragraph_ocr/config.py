@@ -111,6 +111,9 @@ class RenderedData(GeneratedData):
     spread: float = 0.0
     lean_deg: float = 0.0
     line_slope_deg: float = 0.0
+    long_bars: float = 0.0
+    underlined: float = 0.0
+    cut_out: float = 0.0
     forms: float = 0.0
 
 

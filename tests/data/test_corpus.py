@@ -65,6 +65,9 @@ def test_every_field_that_changes_the_paragraphs_changes_the_path(few_notes, noi
         "spread": 0.2,
         "lean_deg": 20.0,
         "line_slope_deg": 1.0,
+        "long_bars": 1.0,
+        "underlined": 0.5,
+        "cut_out": 0.5,
         "forms": 0.1,
     }
     for corpus in (few_notes, noise):
@@ -212,6 +215,9 @@ def test_a_stopped_preparation_leaves_no_store_and_no_process(tmp_path, sign):
         {"spread": 0.5},
         {"lean_deg": 40.0},
         {"line_slope_deg": 3.0},
+        {"long_bars": 2.0},
+        {"underlined": 1.0},
+        {"cut_out": 1.0},
         {"forms": 0.15},
     ],
     ids=lambda trait: next(iter(trait)),

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
+from paragraph_ocr.data import strokes
 from paragraph_ocr.data.fonts import find_faces, load_faces
 from paragraph_ocr.data.mixed_face import MixedFace, drawn_mix
 from paragraph_ocr.data.render import render
-from paragraph_ocr.data.strokes import measures
+from paragraph_ocr.data.strokes import Bars, measures
 from paragraph_ocr.data.text import Passages
 from paragraph_ocr.errors import UserError
 
@@ -32,7 +33,10 @@ CARELESS = {"jitter": 1.0, "pressure": 0.5}
 OLD = {"jitter": 0.5, "joined": 1.0, "word_slant_deg": 5.0, "baseline_wave": 0.5}
 LETTER = {**CARELESS, "uneven_lines": 1.0}
 WIDE = {**OLD, "stretch": 0.4}
-LOOSE = {"reach": 0.4, "spread": 0.3, "lean_deg": 40.0, "line_slope_deg": 2.0, "forms": 0.15}
+LOOSE = {
+    "reach": 0.4, "spread": 0.3, "lean_deg": 40.0, "line_slope_deg": 2.0, "forms": 0.15,
+    "long_bars": 2.0, "underlined": 0.5,
+}  # fmt: skip
 MISTAKEN = {**CARELESS, **OLD, "joined": 0.5, "crossed_out": 1.0}
 
 
@@ -45,6 +49,12 @@ def drawn(notes, faces):
     for name, more in draw_all(notes, mixed, hands).items():
         drawn[name] += more
     return drawn
+
+
+@pytest.fixture(scope="module")
+def letters_alone(notes, faces):
+    """The same by hands that add no strokes to their letters."""
+    return draw_all(notes, faces, [{}, CARELESS, {**LETTER, "stretch": 0.4, "forms": 0.15}])
 
 
 @pytest.fixture(scope="module")
@@ -97,20 +107,31 @@ def test_every_line_has_a_box_with_ink_and_no_ink_is_outside_the_boxes(drawn, mi
 
 
 @pytest.mark.parametrize("name", CANVASES)
-def test_every_letter_has_a_box_with_its_ink_inside_that_of_its_line(drawn, name):
+def test_every_letter_has_a_box_with_ink_inside_that_of_its_line(drawn, name):
     for _, drawing in drawn[name]:
         lines = ["".join(line.split()) for line in drawing.lines]
         assert len(drawing.letters) == sum(map(len, lines))
-        outside = drawing.image.copy()
         of_line = np.repeat(np.arange(len(lines)), [len(line) for line in lines])
         for (left, top, right, bottom), box in zip(
             drawing.letters, drawing.boxes[of_line], strict=True
         ):
             part = np.s_[max(0, top) : bottom, max(0, left) : right]
             assert drawing.image[part].any()
-            outside[part] = 0
             assert (box[:2] <= (left, top)).all() and (box[2:] >= (right, bottom)).all()
-        assert not outside.any()
+
+
+@pytest.mark.parametrize("name", CANVASES)
+def test_without_strokes_no_ink_is_outside_the_letters_boxes(letters_alone, name):
+    for _, drawing in letters_alone[name]:
+        assert not elsewhere(drawing)
+
+
+def elsewhere(drawing):
+    """Return the share of the ink that is in no letter's box."""
+    image = drawing.image.copy()
+    for left, top, right, bottom in drawing.letters:
+        image[max(0, top) : bottom, max(0, left) : right] = 0
+    return (image > 60).sum() / (drawing.image > 60).sum()
 
 
 def test_letters_boxes_stand_in_the_order_of_the_text(faces):
@@ -222,12 +243,6 @@ def test_words_that_are_crossed_out_are_on_the_page_and_not_in_its_text(mistaken
             ["cannon"] * 9, faces[2], **CANVASES["note"], crossed_out=crossed_out,
             generator=np.random.default_rng(1),
         )  # fmt: skip
-
-    def elsewhere(drawing):
-        image = drawing.image.copy()
-        for left, top, right, bottom in drawing.letters:
-            image[max(0, top) : bottom, max(0, left) : right] = 0
-        return (image > 60).sum() / (drawing.image > 60).sum()
 
     assert elsewhere(drawing(0.0)) == 0
     assert elsewhere(drawing(1.0)) > 0.05
@@ -457,3 +472,61 @@ def test_lines_slope_by_so_much_and_each_a_little_otherwise(faces):
     sloping = np.array([slopes(2.0, seed) - slopes(0.0, seed) for seed in range(40)])
     assert sloping[:, 0].std() == pytest.approx(2.0, rel=0.4)
     assert np.ptp(sloping, axis=1).mean() > 0.4
+
+
+def test_half_of_the_hands_cross_a_t_with_long_bars_and_no_other_letter(faces):
+    def widths(text, long_bars, seed):
+        drawing = words_of(faces[2], seed=seed, text=text, long_bars=long_bars)
+        (width,) = np.diff(np.flatnonzero(drawing.image.any(axis=0))[[0, -1]])
+        return width
+
+    longer = np.array([widths("t", 3.0, seed) / widths("t", 0.0, seed) for seed in range(32)])
+    assert 0.3 < (longer > 1.1).mean() < 0.7
+    assert longer.max() > 2
+    assert all(widths("l", 3.0, seed) == widths("l", 0.0, seed) for seed in range(8))
+
+
+def test_bars_go_through_the_upper_part_of_their_letters():
+    boxes = np.array([[10, 20, 22, 60], [100, 25, 112, 65]])
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        curves = Bars.drawn(2.0, generator).across(boxes, 20.0, generator)
+        for (left, top, right, bottom), curve in zip(boxes, curves, strict=True):
+            assert curve[0, 0] <= left and curve[-1, 0] > right
+            assert (np.diff(curve[:, 0]) > 0).all()
+            at_letter = np.interp((left + right) / 2, *curve.T)
+            assert top - 20 < at_letter < (top + bottom) / 2 + 20
+            assert curve[-1, 0] - curve[0, 0] <= right - left + 1.8 * 2 * 20
+
+
+def test_one_or_two_words_are_underlined_and_stay_in_the_text(faces):
+    def drawing(underlined, crossed_out=0.0, seed=0):
+        return render(
+            ["cannon"] * 9, faces[2], **CANVASES["note"], underlined=underlined,
+            crossed_out=crossed_out, generator=np.random.default_rng(seed),
+        )  # fmt: skip
+
+    shares = []
+    for seed in range(8):
+        plain, lined = drawing(0.0, seed=seed), drawing(1.0, seed=seed)
+        assert lined.text.split() == plain.text.split() == ["cannon"] * 9
+        assert len(lined.letters) == len(plain.letters)
+        assert elsewhere(plain) == 0
+        shares.append(elsewhere(lined))
+        both = drawing(1.0, crossed_out=1.0, seed=seed)
+        assert both.text.split() == ["cannon"] * 9
+    assert np.mean(shares) > 0.01  # but for what of a line runs through a letter's box
+    assert min(shares) > 0
+    assert max(shares) < 0.2
+
+
+def test_a_line_runs_below_the_word_that_is_underlined():
+    for seed in range(50):
+        curve = strokes.underline(
+            100.0, 180.0, 50.0, x_height_px=20.0, generator=np.random.default_rng(seed)
+        )
+        assert (np.diff(curve[:, 0]) > 0).all()
+        assert curve[0, 0] == pytest.approx(100, abs=8) and curve[-1, 0] == pytest.approx(
+            180, abs=8
+        )
+        assert 50 < curve[:, 1].mean() < 50 + 20

@@ -21,9 +21,9 @@ from paragraph_ocr.data import strokes
 from paragraph_ocr.data.fonts import Face, Glyphs, drawn_size
 from paragraph_ocr.data.forms import Bent, Forms, Reaching
 from paragraph_ocr.data.mixed_face import MixedFace, MixedMeasures
-from paragraph_ocr.data.strokes import ENTERS, LEAVES, Measures
+from paragraph_ocr.data.strokes import ENTERS, LEAVES, Bars, Measures
 
-RENDERER_VERSION = 12
+RENDERER_VERSION = 13
 """Part of every rendered store's fingerprint: raise it whenever the same arguments draw otherwise, or a store
 keeps more of what is drawn."""
 
@@ -79,7 +79,8 @@ class Drawing:
     boxes: np.ndarray
     """int (lines, 4): left, top, right, bottom in pixels around the ink of each line, generously."""
     letters: np.ndarray
-    """int (n, 4): the same around each character of the text that is no white space, in its order."""
+    """int (n, 4): the same around each character of the text that is no white space, in its order, but
+    without strokes that join it to others, cross it or run below it."""
 
     @property
     def text(self) -> str:
@@ -105,6 +106,8 @@ class Hand(NamedTuple):
     spread_px: float
     """By which letters stand farther apart than the face's."""
     slopes: "Slopes"
+    bars: Bars | None
+    """Across its t; None leaves those of the face."""
     forms: Forms | None
     """Of its letters; None leaves those of the face."""
     sets: dict[int, Glyphs]
@@ -170,18 +173,16 @@ class Line(NamedTuple):
     inks: list[np.ndarray]
     boxes: np.ndarray
     """int (n, 4): left, top, right, bottom of each letter's ink."""
-    reaches: np.ndarray
-    """The same, with the strokes that leave the letter or cross out the word it begins."""
     struck: list[int]
     """Places of the letters that are not part of the transcription."""
     curves: list[np.ndarray]
-    """Each "curves points xy"; no ink of theirs is out of reach."""
+    """Each "curves points xy"."""
 
-    def reach_to(self, letters: np.ndarray, bounds: np.ndarray) -> None:
-        """Let what each of these letters reaches, every one named once, hold these bounds too."""
-        reaches = self.reaches
-        reaches[letters, :2] = np.minimum(reaches[letters, :2], bounds[:, :2])
-        reaches[letters, 2:] = np.maximum(reaches[letters, 2:], bounds[:, 2:])
+    def bounds(self, pen_px: float) -> np.ndarray:
+        """Return left, top, right and bottom of all ink, its curves drawn by such a pen."""
+        inked = [self.boxes, *(strokes.reach(several, pen_px=pen_px) for several in self.curves)]
+        ends = np.concatenate(inked)
+        return np.concatenate([ends[:, :2].min(axis=0), ends[:, 2:].max(axis=0)])
 
 
 def render(
@@ -204,6 +205,8 @@ def render(
     spread: float = 0.0,
     lean_deg: float = 0.0,
     line_slope_deg: float = 0.0,
+    long_bars: float = 0.0,
+    underlined: float = 0.0,
     forms: float = 0.0,
     generator: np.random.Generator,
 ) -> Drawing:
@@ -230,6 +233,9 @@ def render(
         lean_deg: most by which a hand leans farther to the right; half of them do not.
         line_slope_deg: standard deviation of the first line's slope, and of how much more the last one
             falls; a third of it for each line besides.
+        long_bars: most heights of x by which a hand's strokes across t are longer than the letter is wide, in
+            their mean; half of the hands cross it as their face does.
+        underlined: share of paragraphs in which one or two words have a line below them.
         forms: heights of x by which a hand bends each kind of letter out of its face's form: the standard
             deviation of what moves points that lie about as far apart as an o is wide, in the mean of
             hands, which have none to twice as much.
@@ -237,7 +243,7 @@ def render(
     uniform = generator.uniform
     extra = generator
     if any((joined, word_slant_deg, crossed_out, baseline_wave, uneven_lines, stretch,
-            reach, spread, lean_deg, line_slope_deg, forms)):  # fmt: skip
+            reach, spread, lean_deg, line_slope_deg, long_bars, underlined, forms)):  # fmt: skip
         (extra,) = generator.spawn(1)  # what it draws moves nothing else
     usual = spacing = uniform(0.85, 1.3) * face.height  # em from line to line
     stretched = math.exp(stretch * extra.normal(0, 1, size=1).clip(-2, 2)[0]) if stretch else 1.0
@@ -295,15 +301,19 @@ def render(
     slopes = _LEVEL
     if line_slope_deg:
         slopes = _slopes(math.radians(line_slope_deg), len(lines), line_em * size_px, extra)
+    longer = long_bars * max(0.0, extra.uniform(-1, 1)) if long_bars else 0.0
+    beneath = _some(words, extra) if underlined and extra.random() < underlined else []
     hand = Hand(
         face, weight, size_px, space * size_px, _pairs_joined(joined, extra) if not apart else 1.0,
         jitter, word_slant_deg, baseline_wave, stretched, reaching, apart * size_px, slopes,
+        Bars.drawn(longer, extra) if longer else None,
         Forms(forms * extra.uniform(0, 2), extra) if forms else None, {},
     )  # fmt: skip
     set_lines = [
         _set_line(
             words[a:b],
             {place - a: mistake for place, mistake in struck.items() if a <= place < b},
+            [place - a for place in beneath if a <= place < b],
             hand,
             place=place,
             generator=generator,
@@ -390,9 +400,15 @@ def _part_widths(num_lines: int, generator: np.random.Generator) -> np.ndarray:
 
 def _mistakes(words: Sequence[str], generator: np.random.Generator) -> dict[int, str]:
     """Return one or two words to be crossed out, by the places of the words they are written before."""
-    places = generator.integers(len(words), size=1 + generator.integers(2)).tolist()
+    places = _some(words, generator)
     others = generator.integers(1, max(2, len(words)), size=len(places)).tolist()
     return {p: words[(p + far) % len(words)] for p, far in zip(places, others, strict=True)}
+
+
+def _some(words: Sequence[str], generator: np.random.Generator) -> list[int]:
+    """Return the places of one or two words."""
+    places: list[int] = generator.integers(len(words), size=1 + generator.integers(2)).tolist()
+    return places
 
 
 def _pairs_joined(joined: float, generator: np.random.Generator) -> float:
@@ -412,6 +428,7 @@ def _slopes(
 def _set_line(
     words: Sequence[str],
     struck: Mapping[int, str],
+    underlined: Sequence[int],
     hand: Hand,
     *,
     place: int,
@@ -422,10 +439,11 @@ def _set_line(
 
     Args:
         struck: words to be crossed out, by the places of the words that are written after them.
+        underlined: places of words that have a line below them.
         place: of the line in its paragraph, from 0.
         extra: draws all that is not letters and their places.
     """
-    words, mistakes = _written(words, struck)
+    words, mistakes, underlined = _written(words, struck, underlined)
     size_px = hand.size_px
     shifts = generator.normal(0, 0.025 * size_px, size=len(words))
     gaps = hand.space_px * generator.uniform(0.8, 1.3, size=len(words))
@@ -465,27 +483,33 @@ def _set_line(
         baselines += hand.slopes.falls(place, pens, extra)
     moved = np.stack([pens, np.rint(baselines)] * 2, axis=1).astype(int)
     boxes = boxes + moved
-    line = Line(inks, boxes, boxes, [], [])
-    if hand.pairs_joined or mistakes:
-        line = line._replace(reaches=boxes.copy())
+    line, text = Line(inks, boxes, [], []), "".join(words)
     if hand.pairs_joined:
-        _join(line, "".join(words), lengths, ends + moved[:, None, :2], hand, extra)
+        _join(line, text, lengths, ends + moved[:, None, :2], hand, extra)
+    if hand.bars:
+        _cross(line, text, hand.bars, hand, extra)
+    firsts = np.cumsum(lengths) - lengths
     for word in mistakes:
-        first = sum(lengths[:word])
-        _strike_out(line, range(first, first + lengths[word]), float(baselines[first]), hand, extra)
+        letters_of = range(firsts[word], firsts[word] + lengths[word])
+        _strike_out(line, letters_of, float(baselines[letters_of.start]), hand, extra)
+    for word in underlined:
+        letters_of = range(firsts[word], firsts[word] + lengths[word])
+        _underline(line, letters_of, float(baselines[letters_of.start]), hand, extra)
     return line
 
 
 def _written(
-    words: Sequence[str], struck: Mapping[int, str]
-) -> tuple[Sequence[str], Sequence[int]]:
-    """Return all words that are written on a line, and the places of those that are crossed out."""
+    words: Sequence[str], struck: Mapping[int, str], underlined: Sequence[int]
+) -> tuple[Sequence[str], Sequence[int], Sequence[int]]:
+    """Return all words that are written on a line, and the places of those crossed out and underlined."""
     if not struck:
-        return words, ()
+        return words, (), underlined
     groups = [[struck[i], word] if i in struck else [word] for i, word in enumerate(words)]
-    return [*chain.from_iterable(groups)], [
-        place + before for before, place in enumerate(sorted(struck))
-    ]
+    return (
+        [*chain.from_iterable(groups)],
+        [place + before for before, place in enumerate(sorted(struck))],
+        [place + sum(other <= place for other in struck) for place in underlined],
+    )
 
 
 def _wave(places: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -511,9 +535,29 @@ def _join(
     (lefts,) = np.nonzero(pairs)
     if len(lefts):
         from_to = np.stack([ends[lefts, LEAVES], ends[lefts + 1, ENTERS]], axis=1)
-        curves = strokes.joins(from_to, size_px=hand.size_px)
-        line.curves.append(curves)
-        line.reach_to(lefts, strokes.reach(curves, pen_px=hand.pen_px))
+        line.curves.append(strokes.joins(from_to, size_px=hand.size_px))
+
+
+def _cross(line: Line, text: str, bars: Bars, hand: Hand, generator: np.random.Generator) -> None:
+    """Add a stroke across each t, besides the face's own."""
+    (places,) = np.nonzero([character == "t" for character in text])
+    if len(places):
+        x_height_px = hand.measures.x_height * hand.size_px
+        line.curves.append(bars.across(line.boxes[places], x_height_px, generator))
+
+
+def _underline(
+    line: Line, word: range, baseline: float, hand: Hand, generator: np.random.Generator
+) -> None:
+    boxes = line.boxes[word.start : word.stop]
+    curve = strokes.underline(
+        float(boxes[:, 0].min()),
+        float(boxes[:, 2].max()),
+        baseline,
+        x_height_px=hand.measures.x_height * hand.size_px,
+        generator=generator,
+    )
+    line.curves.append(curve[None])
 
 
 def _strike_out(
@@ -530,8 +574,6 @@ def _strike_out(
     )
     line.struck.extend(word)
     line.curves.extend(curve[None] for curve in curves)
-    for curve in curves:
-        line.reach_to(np.array([word.start]), strokes.reach(curve[None], pen_px=hand.pen_px))
 
 
 def _varied(
@@ -595,21 +637,18 @@ def _lay(
     """
     baselines = np.cumsum(distances_px * generator.uniform(0.93, 1.07, size=len(lines)))
     offsets = np.rint(np.stack([lefts + slant * baselines, baselines] * 2, axis=1)).astype(int)
-    placed = [line.reaches + offset for line, offset in zip(lines, offsets, strict=True)]
-    bounds = np.array([(*boxes[:, :2].min(axis=0), *boxes[:, 2:].max(axis=0)) for boxes in placed])
+    moved = [*zip(lines, offsets, strict=True)]
+    bounds = np.array([line.bounds(hand.pen_px) + offset for line, offset in moved])
     origin = np.tile(bounds[:, :2].min(axis=0), 2)
     bounds -= origin
-    letters = np.concatenate(placed) - origin
+    offsets -= origin
+    letters = np.concatenate([line.boxes + offset for line, offset in moved])
     sheet = np.zeros((bounds[:, 3].max(), bounds[:, 2].max()), np.uint8)
-    boxes = letters
-    if any(line.curves for line in lines):
-        offsets -= origin
-        moved = [*zip(lines, offsets, strict=True)]
-        boxes = np.concatenate([line.boxes + offset for line, offset in moved])
-        curves = [curve + offset[:2] for line, offset in moved for curve in line.curves]
+    curves = [curve + offset[:2] for line, offset in moved for curve in line.curves]
+    if curves:
         strokes.draw(sheet, curves, pen_px=hand.pen_px)
     inks = chain.from_iterable(line.inks for line in lines)
-    for ink, (left, top, right, bottom) in zip(inks, boxes.tolist(), strict=True):
+    for ink, (left, top, right, bottom) in zip(inks, letters.tolist(), strict=True):
         part = sheet[top:bottom, left:right]
         cv2.max(part, ink, part)  # into the sheet; half of what np.maximum takes
     if any(line.struck for line in lines):

@@ -1,8 +1,9 @@
-"""Strokes of the pen that no face has: from letter to letter of a word, and through a word crossed out."""
+"""Strokes of the pen that no face has: from letter to letter, across a t, through a word, below one."""
 
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -98,6 +99,42 @@ def _utmost(
     return glyph.left + column + 0.5, glyph.top + first + row + 0.5
 
 
+class Bars(NamedTuple):
+    """How a hand crosses its t."""
+
+    longer: float
+    """Heights of x by which its strokes are longer than the letter is wide, in the mean."""
+    depth: float
+    """Share of the letter's height that is above them, in the mean."""
+    slope: float
+    """Tangent, down where positive, in the mean."""
+
+    @classmethod
+    def drawn(cls, longer: float, generator: np.random.Generator) -> "Bars":
+        """Return bars of such a length as some hand has them."""
+        return cls(longer, generator.uniform(0.05, 0.45), generator.normal(-0.1, 0.1))
+
+    def across(
+        self, boxes: np.ndarray, x_height_px: float, generator: np.random.Generator
+    ) -> np.ndarray:
+        """Return the curves "letters points xy" across letters in boxes "letters 4", in pixels.
+
+        Most of what is longer is to the right; each stroke is longer or shorter, and some leave the letter.
+        """
+        left, top, right, bottom = boxes.T
+        count = len(boxes)
+        longer = self.longer * x_height_px * generator.uniform(0.2, 1.8, size=count)
+        first = left - longer * generator.uniform(0, 0.4, size=count)
+        length = right - left + longer
+        depth = self.depth + generator.normal(0, 0.08, size=count)
+        slope = self.slope + generator.normal(0, 0.05, size=count)
+        xs = first[:, None] + length[:, None] * _ALONG.T
+        bend = 0.06 * generator.normal(size=count)[:, None] * length[:, None]
+        rise = (_ALONG.T - 0.5) * (slope * length)[:, None] + bend * (_ALONG.T * (1 - _ALONG.T))
+        ys = (top + depth * (bottom - top))[:, None] + rise
+        return np.stack([xs, ys], axis=-1)
+
+
 def joins(ends: np.ndarray, *, size_px: int) -> np.ndarray:
     """Return the curves "pairs points xy" that join letters, given "pairs 2 xy": from where to where."""
     begin, end = ends[:, 0], ends[:, 1]
@@ -148,6 +185,24 @@ def strikes(
     swell = 1 + 0.25 * np.sin(turned * uniform(0.21, 0.37) + uniform(0, 6))
     xs = left + wide / 2 + (length - wide) * turned / turned[-1] + wide * np.sin(turned)
     return [np.stack([xs, middle + high * swell * np.cos(turned)], axis=1)]
+
+
+def underline(
+    left: float,
+    right: float,
+    baseline: float,
+    *,
+    x_height_px: float,
+    generator: np.random.Generator,
+) -> np.ndarray:
+    """Return the curve "points xy" below a word that reaches from left to right, in pixels."""
+    uniform = generator.uniform
+    along = np.linspace(0, 1, 8)
+    low = baseline + x_height_px * uniform(0.15, 0.6)
+    tilt = 0.3 * x_height_px * uniform(-1, 1) * (along - 0.5)
+    shake = x_height_px * generator.normal(0, 0.03, size=8).cumsum()
+    first, last = np.array([left, right]) + x_height_px * uniform(-0.4, 0.4, size=2)
+    return np.stack([first + (last - first) * along, low + tilt + shake], axis=1)
 
 
 def reach(curves: np.ndarray, *, pen_px: float) -> np.ndarray:

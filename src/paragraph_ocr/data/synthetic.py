@@ -9,6 +9,7 @@ import numpy as np
 from paragraph_ocr import console
 from paragraph_ocr.data import fonts, text
 from paragraph_ocr.data.corpus import Progress, digest, is_prepared
+from paragraph_ocr.data.cut_out import cut_out
 from paragraph_ocr.data.fonts import Face
 from paragraph_ocr.data.generated import GeneratedCorpus, Maker
 from paragraph_ocr.data.mixed_face import MixedFace, drawn_mix
@@ -63,6 +64,12 @@ class SyntheticCorpus(GeneratedCorpus):
     """Most by which half of the hands lean farther to the right, in training."""
     line_slope_deg: float = 0.0
     """Standard deviation of how far lines are from level, in training."""
+    long_bars: float = 0.0
+    """Most heights of x by which half of the hands cross a t farther than it is wide, in training."""
+    underlined: float = 0.0
+    """Share of training paragraphs in which one or two words are underlined."""
+    cut_out: float = 0.0
+    """Share of training paragraphs that are cut out of a page, through neighbouring lines or close by."""
     forms: float = 0.0
     """Heights of x by which a hand bends each kind of letter out of its face's form, in training."""
 
@@ -100,6 +107,8 @@ class SyntheticCorpus(GeneratedCorpus):
             "spread": self.spread,
             "lean_deg": self.lean_deg,
             "line_slope_deg": self.line_slope_deg,
+            "long_bars": self.long_bars,
+            "underlined": self.underlined,
             "forms": self.forms,
         }
 
@@ -129,6 +138,10 @@ class SyntheticCorpus(GeneratedCorpus):
                 generator=generator,
                 **(trained if split == "train" else {}),
             )
+            if split == "train" and self.cut_out:
+                (extra,) = generator.spawn(1)
+                if extra.random() < self.cut_out:
+                    drawing = cut_out(drawing, extra)
             middles = (drawing.letters[:, :2] + drawing.letters[:, 2:]) // 2
             return Paragraph(drawing.image, drawing.text, split, face.name, face.name, middles)
 
