@@ -200,6 +200,7 @@ class AugmentationConfig:
     stains: float = 0.0
     coarse_px: float = 0.0
     specks: float = 0.0
+    jpeg: float = 0.0
 
 
 @dataclass

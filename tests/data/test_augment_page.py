@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from paragraph_ocr.data.augment import Augment, Strengths
+from paragraph_ocr.data.augment import Augment, Strengths, compressed
 from paragraph_ocr.data.augment_page import augment_page, augment_with_letters
 
 COUNT = 150
@@ -251,6 +251,43 @@ def test_what_only_some_scans_have_comes_on_some_pages(augmented: Callable, name
     wanted = 0.4 if name == "neighbours_px" else 0.5
     assert untouched == pytest.approx(wanted, abs=0.12)
     assert np.array_equal(augmented(page, Strengths(**{name: 1e-9}), 3)[0], page)
+
+
+@pytest.mark.parametrize("quality", [3, 20, 50, 75, 95])
+def test_compressing_a_batch_gives_what_a_jpeg_file_gives(quality):
+    page = cv2.GaussianBlur(letter()[:, :197], (0, 0), 0.8)  # no whole number of blocks
+    _, file = cv2.imencode(".jpg", 255 - page, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    wanted = 255 - cv2.imdecode(file, cv2.IMREAD_GRAYSCALE).astype(float)
+    batch = torch.from_numpy(page)[None, None].float() / 255
+    found = 255 * compressed(batch, torch.full((1, 1, 1, 1), float(quality)))[0, 0].clamp(0, 1)
+    far = np.abs(found.numpy() - wanted)
+    assert np.abs(page - wanted).max() > 2 * far.max() or quality == 95
+    assert far.mean() < 0.4
+    assert np.mean(far > 3) < 0.005  # a coefficient between two steps may go either way
+
+
+@pytest.mark.parametrize("augmented", [each, together])
+def test_half_of_the_pages_are_compressed_and_each_otherwise(augmented: Callable):
+    page = letter()
+    pages = augmented(page, Strengths(jpeg=0.95), 200)
+    changed = [np.abs(its.astype(int) - page).mean() for its in pages if (its != page).any()]
+    assert len(changed) / len(pages) == pytest.approx(0.5, abs=0.12)
+    assert max(changed) > 3 * min(changed)
+    weak = augmented(page, Strengths(jpeg=1e-3), 20)
+    assert np.abs(weak.astype(int) - page).max() <= 2
+
+
+def test_jpeg_changes_pages_as_much_on_either_device():
+    page = letter()
+    means = [
+        np.abs(pages.astype(int) - page).mean()
+        for pages in (
+            each(page, Strengths(jpeg=0.95), 300),
+            together(page, Strengths(jpeg=0.95), 300),
+        )
+    ]
+    assert means[0] > 0.5
+    assert means[0] == pytest.approx(means[1], rel=0.2)
 
 
 @pytest.mark.parametrize("augmented", [each, together])

@@ -98,6 +98,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "regularization.augmentation.stains": (0, 1),
     "regularization.augmentation.coarse_px": (0, 8),
     "regularization.augmentation.specks": (0, 0.1),
+    "regularization.augmentation.jpeg": (0, 1),
     "optimizer.lr": (0, 100),
     "schedule.warmup_steps": (0, 10_000_000),
     "schedule.final_factor": (0, 1),

@@ -43,6 +43,21 @@ STAIN_STEP_PX = 4
 FAINTEST_SPECK, LARGE_SPECKS = 0.3, 1 / 32
 """Least share of full ink of a speck of dust; and how many are 2x2 pixels large for each of a single one."""
 
+JPEG_BLOCK = 8
+JPEG_STEPS = np.array(
+    [
+        [16, 11, 10, 16, 24, 40, 51, 61],
+        [12, 12, 14, 19, 26, 58, 60, 55],
+        [14, 13, 16, 24, 40, 57, 69, 56],
+        [14, 17, 22, 29, 51, 87, 80, 62],
+        [18, 22, 37, 56, 68, 109, 103, 77],
+        [24, 35, 55, 64, 81, 104, 113, 92],
+        [49, 64, 78, 87, 103, 121, 120, 101],
+        [72, 92, 95, 98, 112, 100, 103, 99],
+    ]
+)
+"""To multiples of which a block's frequencies are rounded at quality 50 (ITU-T T.81, table K.1)."""
+
 STAIN_UNEVEN, RING_INSIDE = 0.25, 0.25
 """Share by which a stain's outline leaves the circle, and of a ring's ink that is within it."""
 
@@ -73,6 +88,7 @@ class Strengths:
     stains: float = 0.0
     coarse_px: float = 0.0
     specks: float = 0.0
+    jpeg: float = 0.0
 
     def times(self, factor: float) -> "Strengths":
         """Return them all, each as many times as strong."""
@@ -163,6 +179,9 @@ class Augment(nn.Module):
         if black_and_white is not None:
             chosen = _uniform(pages) < strengths.threshold
             pages = torch.where(chosen, black_and_white.to(pages.dtype), pages)
+        if strengths.jpeg:
+            quality = 100 * (1 - strengths.jpeg * _uniform(pages))
+            pages = torch.where(_uniform(pages) < 0.5, compressed(pages, quality), pages)
         return (pages.clamp(0, 1) * 255).round().to(torch.uint8), letters
 
     def _grid(
@@ -394,6 +413,39 @@ def _stains(pages: Tensor, curves: "Curves", most: float) -> Float[Tensor, "B 1 
         stains = torch.maximum(stains, stain)
     stains = stains * (most * (_uniform(pages) < 0.5))
     return _as_large(stains, STAIN_STEP_PX, pages)
+
+
+def compressed(
+    pages: Float[Tensor, "B 1 H W"], quality: Float[Tensor, "B 1 1 1"]
+) -> Float[Tensor, "B 1 H W"]:
+    """Return pages as a JPEG keeps them, at a quality from 1 to 100 as libjpeg counts it.
+
+    That is a cosine transform of each block, rounded to multiples of steps that grow as the quality falls.
+    """
+    height, width = pages.shape[2:]
+    padded = F.pad(pages, (0, -width % JPEG_BLOCK, 0, -height % JPEG_BLOCK), mode="replicate")
+    blocks = padded[:, 0].unflatten(1, (-1, JPEG_BLOCK)).unflatten(3, (-1, JPEG_BLOCK))
+    cosines, steps = _jpeg_tables(pages.device)
+    quality = quality[..., None].clamp(1, 100)
+    factor = torch.where(quality < 50, 50 / quality, 2 - quality / 50)
+    steps = (factor * steps).add(0.5).floor().clamp(1, 255)
+    # "B rows columns across down": paper is 127 and full ink -128 there
+    levels = 127 - 255 * blocks.transpose(2, 3).clamp(0, 1)
+    # paper may lie in the middle of two steps: rounded away from none, as libjpeg does, whatever floats say
+    kept = (cosines @ levels @ cosines.T / steps * (1 + 1e-5)).round() * steps
+    seen = (127 - cosines.T @ kept @ cosines) / 255
+    return seen.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, None, :height, :width]
+
+
+@torch.compiler.disable
+@lru_cache(maxsize=8)
+def _jpeg_tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the cosine transform of a block's rows or columns, and the steps at quality 50."""
+    places = np.arange(JPEG_BLOCK)
+    cosines = np.cos(np.pi * np.outer(places, places + 0.5) / JPEG_BLOCK)
+    cosines *= np.sqrt(np.where(places[:, None] == 0, 1, 2) / JPEG_BLOCK)
+    tables = (cosines, JPEG_STEPS)
+    return tuple(torch.tensor(table, dtype=torch.float32, device=device) for table in tables)  # type: ignore[return-value]
 
 
 def coarse_factor(coarse_px: float) -> int:

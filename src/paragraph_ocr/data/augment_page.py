@@ -65,6 +65,14 @@ def augment_with_letters(
 
 def _changed(page: np.ndarray, strengths: Strengths, generator: np.random.Generator) -> np.ndarray:
     """Return the page after all that moves nothing."""
+    page = _scanned(page, strengths, generator)
+    if strengths.jpeg and generator.random() < 0.5:
+        page = _compressed(page, strengths.jpeg * generator.random())
+    return page
+
+
+def _scanned(page: np.ndarray, strengths: Strengths, generator: np.random.Generator) -> np.ndarray:
+    """Return the page as a scanner takes it."""
     uniform = generator.random
     if strengths.neighbours_px:
         page = _with_neighbours(page, strengths.neighbours_px, generator)
@@ -166,6 +174,15 @@ def _stains(shape: tuple[int, ...], most: float, generator: np.random.Generator)
             stain = np.maximum(RING_INSIDE * stain, 1 - 2 * np.abs(1 - far) / edge)
         stains = np.maximum(stains, stain * uniform())
     return _as_large(np.rint(255 * most * stains).astype(np.uint8), shape)
+
+
+def _compressed(page: np.ndarray, lost: float) -> np.ndarray:
+    """Return the page as JPEG keeps it at a quality that is less than the best by a share."""
+    quality = max(1, round(100 * (1 - lost)))
+    _, file = cv2.imencode(".jpg", 255 - page, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    decoded = cv2.imdecode(file, cv2.IMREAD_GRAYSCALE)
+    assert decoded is not None
+    return 255 - decoded
 
 
 def _coarse(page: np.ndarray, factor: int) -> np.ndarray:
