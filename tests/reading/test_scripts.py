@@ -308,6 +308,10 @@ def test_a_card_names_texts_faces_licences_stages_and_time(recognizer, tmp_path)
     ):  # fmt: skip
         assert said in card
     assert str(tmp_path) not in card
+    assert "until the next one's pages have been rendered" not in card
+    experiment.curriculum.wait = False
+    card = model_card(recognizer, run="experiment=ten_minutes", metrics={}, num_bytes=1)
+    assert "until the next one's pages have been rendered" in card
     (fonts / find_faces(fonts)[0].name).unlink()
     experiment.datamodule.fonts = str(tmp_path / "nowhere")
     run = "experiment=ten_minutes,outputs=out,optimizer.lr=1e-3"

@@ -177,7 +177,8 @@ def _stages(experiment: Experiment) -> str:
         "| pages | canvas, px | paragraphs in a step | until |",
         "| --- | --- | --- | --- |",
     ]
-    return "\n".join([*head, *rows, ""])
+    on = [] if config.wait else ["", "Each goes on until the next one's pages have been rendered."]
+    return "\n".join([*head, *rows, *on, ""])
 
 
 def _names(names: Iterable[str]) -> str:
