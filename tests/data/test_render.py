@@ -522,7 +522,7 @@ def test_one_or_two_words_are_underlined_and_stay_in_the_text(faces):
 
 def test_a_line_runs_below_the_word_that_is_underlined():
     for seed in range(50):
-        curve = strokes.underline(
+        (curve,) = strokes.underline(
             100.0, 180.0, 50.0, x_height_px=20.0, generator=np.random.default_rng(seed)
         )
         assert (np.diff(curve[:, 0]) > 0).all()

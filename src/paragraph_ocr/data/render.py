@@ -8,7 +8,7 @@ nothing is computed where no ink can come.
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain, pairwise
@@ -488,13 +488,13 @@ def _set_line(
         _join(line, text, lengths, ends + moved[:, None, :2], hand, extra)
     if hand.bars:
         _cross(line, text, hand.bars, hand, extra)
-    firsts = np.cumsum(lengths) - lengths
-    for word in mistakes:
-        letters_of = range(firsts[word], firsts[word] + lengths[word])
-        _strike_out(line, letters_of, float(baselines[letters_of.start]), hand, extra)
-    for word in underlined:
-        letters_of = range(firsts[word], firsts[word] + lengths[word])
-        _underline(line, letters_of, float(baselines[letters_of.start]), hand, extra)
+    ends_of_words = np.cumsum(lengths).tolist()
+    letters_of = [range(a, b) for a, b in pairwise([0, *ends_of_words])]
+    for drawn_along, places in ((strokes.strikes, mistakes), (strokes.underline, underlined)):
+        for word in places:
+            its = letters_of[word]
+            _run_along(line, its, drawn_along, float(baselines[its.start]), hand, extra)
+    line.struck.extend(chain.from_iterable(letters_of[word] for word in mistakes))
     return line
 
 
@@ -546,33 +546,23 @@ def _cross(line: Line, text: str, bars: Bars, hand: Hand, generator: np.random.G
         line.curves.append(bars.across(line.boxes[places], x_height_px, generator))
 
 
-def _underline(
-    line: Line, word: range, baseline: float, hand: Hand, generator: np.random.Generator
+def _run_along(
+    line: Line,
+    word: range,
+    drawn: Callable[..., list[np.ndarray]],
+    baseline: float,
+    hand: Hand,
+    generator: np.random.Generator,
 ) -> None:
+    """Add the strokes that are drawn along the letters of a word."""
     boxes = line.boxes[word.start : word.stop]
-    curve = strokes.underline(
+    curves = drawn(
         float(boxes[:, 0].min()),
         float(boxes[:, 2].max()),
         baseline,
         x_height_px=hand.measures.x_height * hand.size_px,
         generator=generator,
     )
-    line.curves.append(curve[None])
-
-
-def _strike_out(
-    line: Line, word: range, baseline: float, hand: Hand, generator: np.random.Generator
-) -> None:
-    """Add strokes through the letters of a word, which then are not part of the transcription."""
-    boxes = line.boxes[word.start : word.stop]
-    curves = strokes.strikes(
-        float(boxes[:, 0].min()),
-        float(boxes[:, 2].max()),
-        baseline,
-        x_height_px=hand.measures.x_height * hand.size_px,
-        generator=generator,
-    )
-    line.struck.extend(word)
     line.curves.extend(curve[None] for curve in curves)
 
 

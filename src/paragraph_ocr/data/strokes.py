@@ -194,15 +194,15 @@ def underline(
     *,
     x_height_px: float,
     generator: np.random.Generator,
-) -> np.ndarray:
-    """Return the curve "points xy" below a word that reaches from left to right, in pixels."""
+) -> list[np.ndarray]:
+    """Return the one curve "points xy" below a word that reaches from left to right, in pixels."""
     uniform = generator.uniform
     along = np.linspace(0, 1, 8)
     low = baseline + x_height_px * uniform(0.15, 0.6)
     tilt = 0.3 * x_height_px * uniform(-1, 1) * (along - 0.5)
     shake = x_height_px * generator.normal(0, 0.03, size=8).cumsum()
     first, last = np.array([left, right]) + x_height_px * uniform(-0.4, 0.4, size=2)
-    return np.stack([first + (last - first) * along, low + tilt + shake], axis=1)
+    return [np.stack([first + (last - first) * along, low + tilt + shake], axis=1)]
 
 
 def reach(curves: np.ndarray, *, pen_px: float) -> np.ndarray:
