@@ -38,14 +38,14 @@ FEW_STAGES = [
     ),
     *(
         f"curriculum.corpora.{name}.{change}"
-        for name in ("one_line", "full_pages", "old_pages")
+        for name in ("one_line", "full_pages", "old_pages", "late_pages")
         for change in (
             "num_train=8", "width=160", "height=48", "min_lines=1", "max_lines=1",
             "min_characters=4", "mean_characters=10", "max_characters=20", "max_length=24",
         )
     ),
-    "curriculum.stages=[{corpora:{one_line:1,full_pages:1,old_pages:1},batch_size:2,max_steps:1},"
-    "{corpora:{full_pages:1,old_pages:1},batch_size:2}]",
+    "curriculum.stages=[{corpora:{one_line:1,full_pages:1,old_pages:1,late_pages:1},batch_size:2,max_steps:1},"
+    "{corpora:{full_pages:1,old_pages:1,late_pages:1},batch_size:2}]",
     "curriculum.look_every=1",
 ]  # fmt: skip
 """What makes two steps of a recipe that renders its stages: all in the first one, so that no process

@@ -95,17 +95,17 @@ def test_each_stage_has_its_canvas_and_batch_and_later_ones_wait_for_their_pages
 
 
 def test_corpora_that_differ_in_their_names_alone_hold_different_paragraphs():
-    same = [f"curriculum.corpora.{name}.num_train=8" for name in ("first_pages", "full_pages")]
+    same = [f"curriculum.corpora.{name}.num_train=8" for name in ("old_pages", "late_pages")]
     typed = ["experiment=ten_minutes", *RECIPES["ten_minutes"], *same]
     experiment = validate(compose(typed))
     vocabulary = build.build_vocabulary(experiment)
-    first, full = (
+    old, late = (
         build.build_datamodule(experiment, vocabulary).corpora[name].corpus
-        for name in ("first_pages", "full_pages")
+        for name in ("old_pages", "late_pages")
     )
-    assert replace(first, seed=0) == replace(full, seed=0)
-    assert first.seed != full.seed
-    assert first.fingerprint() != full.fingerprint()
+    assert replace(old, seed=0) == replace(late, seed=0)
+    assert old.seed != late.seed
+    assert old.fingerprint() != late.fingerprint()
 
 
 @pytest.mark.usefixtures("rendered")
