@@ -1,6 +1,7 @@
 """Which values a config may hold: each alone, what must go together, what this machine has."""
 
 import re
+from typing import Any
 
 from paragraph_ocr.checks.data import check_data, check_files, is_there
 from paragraph_ocr.checks.devices import check_devices
