@@ -143,6 +143,8 @@ def test_a_mistake_is_one_line_with_the_remedy(typed, said):
         ("decoding=vote decoding.views=[[3,1,0,0]]", r"decoding.views has \[3, 1, 0, 0\]"),
         ("decoding=vote decoding.views=[[1,1,80,0]]", "a lean of at most 60"),
         ("decoding=vote decoding.views=[1,1,0,0]", "decoding.views has 1,"),
+        ("decoding.heights=[96,96]", "must be pixels that rise"),
+        ("decoding.heights=[0]", "must be pixels that rise"),
         ("decoding=vote decoding.enough=[2]", "decoding.enough has 2,"),
         ("decoding=vote decoding.enough=[[2,2]]", r"decoding.enough has \[2, 2\]"),
         ("decoding=vote decoding.enough=[[1,0.1]]", "from 2 to fewer than the 10 views"),

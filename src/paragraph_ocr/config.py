@@ -314,6 +314,7 @@ class DecodingConfig:
     views: list[Any] = field(default_factory=list)
     enough: list[Any] = field(default_factory=list)
     lexicon: str | None = None
+    heights: list[int] = field(default_factory=list)
 
     @property
     def readings(self) -> str:

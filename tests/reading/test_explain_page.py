@@ -138,3 +138,16 @@ def test_a_figure_is_a_png_of_modest_size(reader):
     data = draw.png(draw.attention_path(told.told, ["x"] * 700))
     with Image.open(io.BytesIO(data)) as picture:
         assert picture.width <= 2400
+
+
+def test_a_short_text_is_explained_on_the_canvas_that_it_is_read_on(reader, monkeypatch):
+    height, width = reader.canvas
+    image = np.full((height, width), 255, np.uint8)
+    image[2 : height // 4, 4 : width - 4 : 3] = 0
+    whole = explain_image(reader, image)
+    assert whole.canvas.shape == (height, width)
+    monkeypatch.setattr(reader, "heights", [height // 2])
+    lower = explain_image(reader, image)
+    assert lower.canvas.shape == (height // 2, width)
+    assert lower.size[0] <= height // 2
+    assert np.array_equal(lower.canvas, whole.canvas[: height // 2])

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from paragraph_ocr.data.scan import MAX_PIXELS
 from paragraph_ocr.errors import UserError
+from paragraph_ocr.model.vote import View, Vote
 from paragraph_ocr.reading import Recognizer, Refusal, Transcript, read
 from paragraph_ocr.reading.checkpoint import DEFAULT, find_checkpoint
 from paragraph_ocr.reading.page import prepare
@@ -49,6 +50,44 @@ def test_a_batch_reads_as_one_by_one(recognizer, images):
         confidences = [c.confidence for c in one.characters]
         assert [c.confidence for c in other.characters] == pytest.approx(confidences, abs=1e-4)
         assert other.log_probability == pytest.approx(one.log_probability, abs=1e-3)
+
+
+@pytest.mark.parametrize("vote", [False, True])
+def test_each_page_is_read_on_the_lowest_canvas_that_holds_its_ink(recognizer, monkeypatch, vote):
+    height, width = recognizer.canvas
+    low, middle = height // 4, height // 2
+    pages = torch.zeros(5, 1, height, width, dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    for page, end in zip(pages, (low - 4, height - 1, low - 1, 0, middle - 4), strict=True):
+        page[0, :end] = 255 * (torch.rand(end, width, generator=generator) < 0.1)
+    wanted = [low, height, middle, low, middle]
+    seen: list[tuple[int, ...]] = []
+
+    def read(images, sizes=None, **others):
+        seen.append(tuple(images.shape))
+        assert sizes is None or (sizes <= torch.tensor(images.shape[2:])).all()
+        if vote:
+            assert others["decoding"].canvas == tuple(images.shape[2:])
+        return model_read(images, sizes, **others)
+
+    model_read = recognizer.model.read
+    monkeypatch.setattr(recognizer.model, "read", read)
+    if vote:
+        views = (View(1, 1, 0, 0), View(0.9, 1, 0, 0))
+        monkeypatch.setattr(recognizer, "decoding", Vote(views, recognizer.canvas))
+    monkeypatch.setattr(recognizer, "heights", [low, middle, height, 2 * height])
+    together = recognizer.readings(pages)
+    assert sorted(shape[2] for shape in seen for _ in range(shape[0])) == sorted(wanted)
+    sizes = torch.tensor([[height, width]] * 5)
+    for page, reading in enumerate(together):
+        seen.clear()
+        (alone,) = recognizer.readings(pages[page : page + 1], sizes[page : page + 1])
+        assert seen == [(1, 1, wanted[page], width)]
+        assert alone.tokens == reading.tokens
+    monkeypatch.setattr(recognizer, "heights", [])
+    seen.clear()
+    recognizer.readings(pages)
+    assert seen == [tuple(pages.shape)]
 
 
 @pytest.mark.parametrize("normalise", [False, True])

@@ -1,6 +1,7 @@
 """Which values a config may hold: each alone, what must go together, what this machine has."""
 
 import re
+from itertools import pairwise
 from typing import Any
 
 from paragraph_ocr.checks.data import check_data, check_files, is_there
@@ -157,6 +158,11 @@ def _check_decoding(decoding: DecodingConfig) -> None:
                 "Pass decoding.views=[[1,1,0,0],[1.15,1,12,0]]."
             )
     _check_enough(decoding)
+    if any(b <= a for a, b in pairwise([0, *decoding.heights])):
+        raise UserError(
+            f"decoding.heights={decoding.heights} must be pixels that rise. Pass decoding.heights=[] to "
+            "read every page on its whole canvas."
+        )
 
 
 def _check_enough(decoding: DecodingConfig) -> None:
@@ -190,6 +196,11 @@ def _check_line_cnn(model: LineCnnModel, experiment: Experiment) -> None:
     if experiment.decoding.name != "greedy":
         raise UserError(
             f"decoding={experiment.decoding.name} does nothing for model=line_cnn. Pass decoding=greedy."
+        )
+    if experiment.decoding.heights:
+        raise UserError(
+            f"decoding.heights={experiment.decoding.heights} does nothing for model=line_cnn, whose lines "
+            "are all as high. Pass decoding.heights=[]."
         )
     if experiment.regularization.guidance:
         raise UserError(

@@ -37,6 +37,8 @@ def model_card(
     bullets = [line for source in _sources(experiment) for line in _described(source, vocabulary)]
     learnt = "\n".join(f"- {line}" for line in dict.fromkeys(bullets))
     normalised = ", made level and to their pitch of lines" if data.normalise else ""
+    lower = ", ".join(map(str, experiment.decoding.heights))
+    lower = f" Shorter texts are read on canvases of {lower} px in height." if lower else ""
     rounding = (
         "test/ after rounding to int8, val/ before" if experiment.release else "before rounding"
     )
@@ -51,7 +53,7 @@ def model_card(
     return f"""# A model that reads paragraphs
 
 Up to {recognizer.max_length - 2} characters on pages of {data.height}x{data.width} px.
-Images are cleaned and scaled to that{normalised}.
+Images are cleaned and scaled to that{normalised}.{lower}
 
 ```sh
 python scripts/read.py checkpoint=<this folder> image=scan.jpg

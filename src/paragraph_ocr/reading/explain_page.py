@@ -85,6 +85,8 @@ def explain_image(
     """
     model, vocabulary = require_transformer(recognizer.model), recognizer.vocabulary
     canvas, size = recognizer.page(image)
+    (height,) = recognizer.lowest(canvas[None])
+    canvas, size = canvas[:, :height], (min(height, size[0]), size[1])
     covered = None if size == tuple(canvas.shape[1:]) else size
     free = trace_free(model, canvas, size=covered, max_length=recognizer.max_length)
     told = free

@@ -9,6 +9,7 @@ Nothing of Lightning, Hydra, Optuna or MLflow is imported here.
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +40,18 @@ __all__ = ["Recognizer", "Refusal", "Transcript"]
 BATCH_SIZE = 16
 _THREADS = 4  # that prepare images while the model reads
 
+_INK = 64  # grey level from which a pixel counts as ink
+_BELOW = 0.03
+"""Paper that a lower canvas leaves below the ink at least, as a share of the model's own: pages keep such a
+margin where there is room."""
+
 
 class Recognizer:
     """A model in evaluation mode, with its vocabulary, canvas and way of decoding.
 
     Attributes:
         canvas: height and width in pixels that pages are fitted to.
+        heights: of lower canvases in pixels, rising, on which pages are read whose ink ends so early.
         normalise: whether pages are made to look like rendered ones first.
         max_length: tokens that a reading may have, start and end included.
         precision: what is computed in: bfloat16 on a device that has it, else float32.
@@ -64,6 +71,7 @@ class Recognizer:
         self.decoding: Greedy | Beam | Vote = build_decoding(experiment, vocabulary)
         self.max_length = experiment.datamodule.max_length
         self.canvas = (experiment.datamodule.height, experiment.datamodule.width)
+        self.heights = [*experiment.decoding.heights]
         self.normalise = experiment.datamodule.normalise
         self.precision = torch.bfloat16 if computes_in_bfloat16(self.device) else torch.float32
 
@@ -189,8 +197,35 @@ class Recognizer:
     def readings(
         self, pages: UInt8[Tensor, "B 1 H W"], sizes: Int[Tensor, "B 2"] | None = None
     ) -> list[Reading]:
-        """Return what the model alone makes of pages that are on their canvas: tokens, no text."""
-        half = self.precision is not torch.float32
+        """Return what the model alone makes of pages that are on their canvas: tokens, no text.
+
+        How high a canvas a page is read on does not depend on those beside it.
+        """
+        heights = self.lowest(pages)
+        read: dict[int, Reading] = {}
+        for height in {*heights}:
+            rows = [row for row, lowest in enumerate(heights) if lowest == height]
+            covered = sizes
+            if sizes is not None:
+                covered = sizes[rows].minimum(sizes.new_tensor([height, pages.shape[3]]))
+            read |= zip(rows, self._read_on_canvas(pages[rows, :, :height], covered), strict=True)
+        return [read[row] for row in range(len(pages))]
+
+    def lowest(self, pages: UInt8[Tensor, "B 1 H W"]) -> list[int]:
+        """Return the height of the lowest canvas that holds each page's ink."""
+        whole = pages.shape[2]
+        if not self.heights:
+            return [whole] * len(pages)
+        rows = torch.arange(1, whole + 1, device=pages.device)
+        ends = ((pages[:, 0] >= _INK).any(dim=2) * rows).amax(dim=1) + round(_BELOW * whole)
+        return [next((h for h in self.heights if end <= h < whole), whole) for end in ends.tolist()]
+
+    def _read_on_canvas(
+        self, pages: UInt8[Tensor, "B 1 H W"], sizes: Int[Tensor, "B 2"] | None
+    ) -> list[Reading]:
+        half, decoding = self.precision is not torch.float32, self.decoding
+        if isinstance(decoding, Vote) and self.heights:
+            decoding = replace(decoding, canvas=(pages.shape[2], pages.shape[3]))
         with (
             torch.inference_mode(),
             torch.autocast(self.device.type, self.precision if half else None, enabled=half),
@@ -198,7 +233,7 @@ class Recognizer:
             return self.model.read(
                 pages.to(self.device),
                 None if sizes is None else sizes.to(self.device),
-                decoding=self.decoding,
+                decoding=decoding,
                 max_length=self.max_length,
             )
 
