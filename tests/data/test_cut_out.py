@@ -1,5 +1,7 @@
 """Paragraphs cut out of a page: whole lines in the text, parts of their neighbours on the image."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -125,3 +127,19 @@ def test_two_lines_are_never_left_out(notes):
     )  # fmt: skip
     for seed in range(32):
         assert cut_out(drawing, np.random.default_rng(seed)).lines == drawing.lines
+
+
+def test_a_drawing_without_ink_stays_as_it_is(drawings):
+    blank = replace(drawings[0], image=np.zeros_like(drawings[0].image))
+    assert cut_out(blank, np.random.default_rng(0)) is blank
+
+
+def test_lines_that_run_into_each_other_are_no_trouble(drawings):
+    # a deep tail of the first line and a high head of the last: their edges have passed each other
+    letters = drawings[0].letters.copy()
+    letters[0, 3], letters[-1, 1] = CANVAS["height"], 0
+    crossed = replace(drawings[0], letters=letters)
+    for seed in range(100):
+        cut = cut_out(crossed, np.random.default_rng(seed))
+        assert cut.image.shape == crossed.image.shape
+        assert (cut.letters[:, 1] <= cut.letters[:, 3]).all()

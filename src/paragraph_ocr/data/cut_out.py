@@ -24,6 +24,8 @@ def cut_out(drawing: Drawing, generator: np.random.Generator) -> Drawing:
     """
     starts = [*accumulate((len("".join(line.split())) for line in drawing.lines), initial=0)]
     (inked,) = np.nonzero(drawing.image.any(axis=1))
+    if not len(inked):  # a few dots that the pen has hardly pressed
+        return drawing
     begin, top, bottom = int(inked[0]), int(inked[0]), int(inked[-1]) + 1
     first, last = 0, len(drawing.lines)
     for upper in (True, False):
@@ -41,6 +43,7 @@ def cut_out(drawing: Drawing, generator: np.random.Generator) -> Drawing:
             continue
         row = round(edge[0] + place * (edge[1] - edge[0]))
         top, bottom = (max(top, row), bottom) if upper else (top, min(bottom, row))
+    bottom = max(top, bottom)
     image = np.zeros_like(drawing.image)
     image[begin : begin + bottom - top] = drawing.image[top:bottom]
     boxes = drawing.boxes[first:last].copy()
